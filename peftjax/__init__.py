@@ -1,0 +1,3 @@
+"""Parameter-efficient fine-tuning for any JAX function."""
+
+__version__ = '0.1.0'
