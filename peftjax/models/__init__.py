@@ -1,1 +1,19 @@
-"""peftjax.models"""
+"""Flax encoders (BERT and RoBERTa families) and loading of their Hugging Face checkpoints.
+
+This wing knows nothing of fine-tuning: a model here is an ordinary linen module, and
+`model.apply_fn(params, input_ids, ...)` an ordinary function of its parameters.
+"""
+
+from peftjax.models._attention import attention as attention
+from peftjax.models._attention import plain_attention as plain_attention
+from peftjax.models._config import Compute as Compute
+from peftjax.models._config import EncoderConfig as EncoderConfig
+from peftjax.models._config import read_config as read_config
+from peftjax.models._encoder import Encoder as Encoder
+from peftjax.models._encoder import SequenceClassifier as SequenceClassifier
+from peftjax.models._encoder import mean_pool as mean_pool
+from peftjax.models._hub import default_model_path as default_model_path
+from peftjax.models._load import Loaded as Loaded
+from peftjax.models._load import load_encoder as load_encoder
+from peftjax.models._load import parameter_shapes as parameter_shapes
+from peftjax.models._tokenizer import load_tokenizer as load_tokenizer

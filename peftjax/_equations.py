@@ -1,0 +1,189 @@
+"""Reads single equations: which move a weight, which use it, and with what geometry.
+
+Only names and parameters of primitives are read here; nothing is evaluated.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peftjax import _layout, _use
+from peftjax._layout import Labels, Layout
+from peftjax._types import Array
+
+KEEPS = frozenset(
+    (
+        'convert_element_type',
+        'copy',
+        'copy_p',
+        'mesh_cast',
+        'name',
+        'optimization_barrier',
+        'pvary',
+        'reduce_precision',
+        'reshard',
+        'sharding_constraint',
+    )
+)
+"""Primitives with one operand and one result that leave its dimensions alone."""
+
+
+def layout(
+    name: str, params: Any, dims: Labels, shape: Sequence[int], index: Sequence[Array]
+) -> Layout | None:
+    """The layout operation that a primitive with one result performs on its first operand.
+
+    Args:
+      name: of the primitive.
+      params: of the equation.
+      dims: labels of the operand's dimensions.
+      shape: of the operand.
+      index: the other operands (where a dynamic slice starts).
+
+    Returns:
+      The operation, or `None` if it is not one of layout.
+    """
+    match name:
+        case _ if name in KEEPS:
+            return _layout.same(dims)
+        case 'transpose':
+            return _layout.transpose(dims, params['permutation'])
+        case 'squeeze':
+            return _layout.squeeze(dims, params['dimensions'])
+        case 'reshape' if params['dimensions'] is None:
+            return _layout.reshape(dims, shape, params['new_sizes'])
+        case 'broadcast_in_dim' if not index:
+            at = tuple(int(d) for d in params['broadcast_dimensions'])
+            return _layout.expand(dims, shape, params['shape'], at)
+        case 'slice':
+            start, limit = params['start_indices'], params['limit_indices']
+            return _layout.window(dims, start, limit, params['strides'])
+        case 'dynamic_slice':
+            return _layout.dynamic_window(dims, index, params['slice_sizes'])
+    return None
+
+
+def split(params: Any, dims: Labels, shape: Sequence[int]) -> list[Layout]:
+    """The slices that a `split` cuts."""
+    axis, start, cuts = params['axis'], 0, []
+    for size in params['sizes']:
+        begin = [start if d == axis else 0 for d in range(len(shape))]
+        end = [start + int(size) if d == axis else n for d, n in enumerate(shape)]
+        cuts.append(_layout.window(dims, begin, end, None))
+        start += int(size)
+    return cuts
+
+
+def back_and_forth(
+    name: str, params: Any, shape: Sequence[int]
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]] | None:
+    """An operation on an output that can be undone: how to undo it, and how to do it again."""
+    match name:
+        case 'convert_element_type':
+            return lambda y: y, lambda y: y
+        case 'transpose':
+            order = params['permutation']
+            inverse = sorted(range(len(order)), key=lambda d: order[d])
+            return lambda y: y.transpose(inverse), lambda y: y.transpose(order)
+        case 'reshape' if params['dimensions'] is None:
+            new = params['new_sizes']
+            return lambda y: y.reshape(shape), lambda y: y.reshape(new)
+    return None
+
+
+def use(
+    name: str, params: Any, position: int, operands: Sequence[Any], run: Callable[..., Array]
+) -> tuple[_use.Use, Any] | None:
+    """The geometry of an equation that uses the operand at `position` as its weight.
+
+    Args:
+      name: of the primitive.
+      params: of the equation.
+      position: which operand is the weight.
+      operands: all of them.
+      run: the equation: `run(x, w) -> y`.
+
+    Returns:
+      The use and its input `x`, or `None` if the equation is not linear in the weight, or in a
+      form that only the dense weight serves.
+    """
+    w = operands[position]
+    match name, position:
+        case 'dot_general', _:
+            return _dot(params, position, w, run), operands[1 - position]
+        case 'gather', 0:
+            found = _gather(params, w, run)
+        case 'conv_general_dilated', 1:
+            found = _conv(params, w, run)
+        case 'ragged_dot_general', 1:
+            found = _ragged(params, operands, run)
+        case _:
+            found = None
+    return found and (found, operands[1 if position == 0 else 0])
+
+
+def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _use.Dot:
+    (contract, batch) = params['dimension_numbers']
+    mine, other = position, 1 - position
+    taken = (*contract[mine], *batch[mine])
+    return _use.Dot(
+        run=run,
+        kind='expert' if batch[mine] else 'linear',
+        contract=tuple(contract[mine]),
+        batch=tuple(batch[mine]),
+        free=tuple(d for d in range(len(w.shape)) if d not in taken),
+        weight_first=position == 0,
+        x_contract=tuple(contract[other]),
+        x_batch=tuple(batch[other]),
+        precision=params['precision'],
+        wide=params['preferred_element_type'],
+    )
+
+
+def _gather(params: Any, w: Any, run: Callable[..., Array]) -> _use.Gather | None:
+    numbers = params['dimension_numbers']
+    rows = tuple(numbers.start_index_map)
+    plain = len(rows) == 1 and rows == tuple(numbers.collapsed_slice_dims)
+    free = tuple(d for d in range(len(w.shape)) if d not in rows)
+    whole = all(params['slice_sizes'][d] == w.shape[d] for d in free)
+    if not plain or numbers.operand_batching_dims or not whole:
+        return None
+    offset = tuple(numbers.offset_dims)
+    return _use.Gather(run, 'embedding', rows, (), free, offset, params['mode'], params['fill_value'])
+
+
+def _conv(params: Any, w: Any, run: Callable[..., Array]) -> _use.Conv | None:
+    numbers = params['dimension_numbers']
+    if params['batch_group_count'] != 1:
+        return None
+    keep = ('window_strides', 'padding', 'lhs_dilation', 'rhs_dilation', 'feature_group_count')
+    how = {key: params[key] for key in (*keep, 'dimension_numbers', 'precision')}
+    free = (numbers.rhs_spec[0],)
+    return _use.Conv(
+        run=run,
+        kind='convolution',
+        contract=tuple(d for d in range(len(w.shape)) if d not in free),
+        batch=(),
+        free=free,
+        params=how,
+        feature=numbers.out_spec[1],
+        x_feature=numbers.lhs_spec[1],
+        kernel_in=numbers.rhs_spec[1],
+        groups=params['feature_group_count'],
+    )
+
+
+def _ragged(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> _use.Ragged | None:
+    numbers = params['ragged_dot_dimension_numbers']
+    contract, batch = numbers.dot_dimension_numbers
+    plain = (
+        tuple(map(tuple, contract)) == ((1,), (1,))
+        and not any(batch)
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+    if not plain:
+        return None
+    wide = params['preferred_element_type']
+    return _use.Ragged(
+        run, 'expert', (1,), (0,), (2,), operands[2], params['precision'], wide
+    )

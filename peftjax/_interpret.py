@@ -1,0 +1,609 @@
+"""Evaluates a traced function with stand-ins in place of weights.
+
+This is the only file that knows jaxprs. Equations that no stand-in enters are run as they are,
+many at a time; control flow that one enters is rebuilt with the public functions of JAX.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec, Sharding
+
+from peftjax import _equations, _paths
+from peftjax._method import At, Rule
+from peftjax._record import Recorder
+from peftjax._standin import StandIn
+from peftjax._types import Array, Path
+from peftjax._use import Named
+
+
+@dataclasses.dataclass(frozen=True)
+class Companion(Rule):
+    """Marks a leaf that may be the bias of a layer whose output is adapted."""
+
+    def fits(self, at: At) -> bool:
+        """It is a plain array wherever it is used."""
+        del at
+        return False
+
+    def dense(self, view: StandIn, w: Array) -> Array:
+        """The leaf itself."""
+        del view
+        return w
+
+
+@dataclasses.dataclass
+class Pending:
+    """An output that waits for its layer's bias before methods of the output seam see it."""
+
+    value: Array
+    steps: tuple[tuple[At, Array, Rule], ...]
+    moves: tuple[tuple[Callable[[Array], Array], Callable[[Array], Array]], ...] = ()
+    bias: tuple[Path, ...] = ()
+
+    @property
+    def parents(self) -> set[Path]:
+        """The modules whose biases belong to this output."""
+        return {_paths.parent(at.view.path) for at, _, _ in self.steps}
+
+    def resolve(self) -> Array:
+        """The output, adapted."""
+        y = self.value
+        for undo, _ in reversed(self.moves):
+            y = undo(y)
+        for at, x, rule in self.steps:
+            y = rule.post(dataclasses.replace(at, bias=self.bias), x, y)
+        for _, redo in self.moves:
+            y = redo(y)
+        return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one evaluation carries along.
+
+    Attributes:
+      named: stand-ins of named values, by path.
+      served: for each adapted path, how its uses were served; filled while running.
+      recorder: notes sites, while they are discovered.
+      places: paths of all named values, in the order of the trace.
+      stack: lengths of the scans around.
+    """
+
+    named: Mapping[Path, StandIn]
+    served: dict[Path, dict[str, None]]
+    recorder: Recorder | None = None
+    places: tuple[Path, ...] = ()
+    stack: tuple[int, ...] = ()
+
+
+def evaluate(
+    fn: Callable[..., Sequence[Any]], leaves: Sequence[Any], inputs: Sequence[Any], run: Run
+) -> list[Any]:
+    """Traces `fn(*leaves, *inputs)` and evaluates it with stand-ins among the leaves.
+
+    Args:
+      fn: from flat arrays to a flat sequence of arrays.
+      leaves: arrays or stand-ins.
+      inputs: arrays.
+      run: what the evaluation carries along.
+
+    Returns:
+      The outputs, as arrays.
+    """
+    arguments = [*leaves, *inputs]
+    closed = jax.make_jaxpr(fn)(*(_bottom(value) for value in arguments))
+    run = dataclasses.replace(run, places=_numbered(_names(closed.jaxpr)))
+    frame = _Frame(closed.jaxpr, closed.consts, run, 0)
+    return [_plain(out) for out in frame.run(arguments)]
+
+
+def _numbered(names: Sequence[str]) -> tuple[Path, ...]:
+    """Paths of named values: `@key` where there is one of that name, else `@key/0`, `@key/1`."""
+    return tuple(
+        f'@{name}' if names.count(name) == 1 else f'@{name}/{names[:i].count(name)}'
+        for i, name in enumerate(names)
+    )
+
+
+def _bottom(value: Any) -> Any:
+    while isinstance(value, StandIn):
+        value = value.w
+    return value
+
+
+def _settled(value: Any) -> Any:
+    return value.resolve() if isinstance(value, Pending) else value
+
+
+def _plain(value: Any) -> Any:
+    value = _settled(value)
+    return value.dense() if isinstance(value, StandIn) else value
+
+
+def _names(jaxpr: Any) -> list[str]:
+    """The values that are named in a jaxpr and in those inside it, in order."""
+    return [name for eqn in jaxpr.eqns for name in _names_in(eqn)]
+
+
+def _names_in(eqn: Any) -> list[str]:
+    if eqn.primitive.name == 'name':
+        return [eqn.params['name']]
+    return [name for inner in jex.jaxprs_in_params(eqn.params) for name in _names(inner)]
+
+
+def _run_as_they_are(eqns: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], values: Any):
+    """Evaluates untouched equations; keeps their name stacks, meshes and effects."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    blank = jex.DebugInfo('peftjax', 'untouched equations', ('',) * len(ins), ('',) * len(outs))
+    jaxpr = jex.Jaxpr((), list(ins), list(outs), list(eqns), effects, blank)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*values)
+
+
+def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """Evaluates one equation on other values of the same shapes."""
+    fresh = jex.gensym()
+    ins, outs = [fresh(v.aval) for v in eqn.invars], [fresh(v.aval) for v in eqn.outvars]
+    return _run_as_they_are([eqn.replace(invars=ins, outvars=outs)], ins, outs, values)
+
+
+def _same_size(at: At, bias: StandIn) -> bool:
+    """Whether a leaf has one number for each output of a use."""
+    made = (at.view.shape[d] for d in (*at.use.batch, *at.use.free))
+    return math.prod(bias.shape) == math.prod(made)
+
+
+class _Frame:
+    """The evaluation of one jaxpr.
+
+    A value is an array, a stand-in, or a pending output. `place` counts named values.
+    """
+
+    def __init__(self, jaxpr: Any, consts: Sequence[Any], run: Run, place: int):
+        self.jaxpr, self.ctx, self.place = jaxpr, run, place
+        self.env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        self.waiting: list[Any] = []
+        self.unmade: set[Any] = set()
+
+    def run(self, arguments: Sequence[Any]) -> list[Any]:
+        """The outputs, with stand-ins and pending outputs among them."""
+        self.env.update(zip(self.jaxpr.invars, arguments, strict=True))
+        for eqn in self.jaxpr.eqns:
+            named = len(_names_in(eqn))
+            if self._touched(eqn, range(self.place, self.place + named)):
+                self._flush()
+                self._step(eqn)
+            else:
+                self.waiting.append(eqn)
+                self.unmade.update(eqn.outvars)
+            self.place += named
+        self._flush()
+        return [self.read(v) for v in self.jaxpr.outvars]
+
+    def read(self, var: Any) -> Any:
+        """The value of a variable or literal."""
+        return var.val if isinstance(var, jex.Literal) else self.env[var]
+
+    def settle(self, var: Any) -> Any:
+        """The same; what was pending is resolved, once for all its readers."""
+        value = self.read(var)
+        if isinstance(value, Pending):
+            self.env[var] = value = value.resolve()
+        return value
+
+    def densely(self, var: Any, primitive: str) -> Any:
+        """The same; a stand-in gives its dense weight, and says so."""
+        value = self.settle(var)
+        if not isinstance(value, StandIn):
+            return value
+        self.serve(value, f'dense: enters {primitive}')
+        return value.dense()
+
+    def serve(self, view: Any, how: str) -> None:
+        """Notes how a use of a stand-in, and of those below it, was served."""
+        while isinstance(view, StandIn):
+            if not isinstance(view.rule, Companion):
+                self.ctx.served.setdefault(view.path, {})[how] = None
+            view = view.w
+
+    def _touched(self, eqn: Any, places: range) -> bool:
+        if self.ctx.recorder is not None and len(places):
+            return True
+        if any(self.ctx.places[place] in self.ctx.named for place in places):
+            return True
+        held = [v for v in eqn.invars if not isinstance(v, jex.Literal) and v not in self.unmade]
+        return any(isinstance(self.env[v], StandIn | Pending) for v in held)
+
+    def _flush(self) -> None:
+        """Runs the untouched equations that were put off, all at once."""
+        if not self.waiting:
+            return
+        made = dict.fromkeys(v for eqn in self.waiting for v in eqn.outvars)
+        free = dict.fromkeys(
+            v
+            for eqn in self.waiting
+            for v in eqn.invars
+            if not isinstance(v, jex.Literal) and v not in made
+        )
+        outs = [v for v in made if not isinstance(v, jex.DropVar)]
+        values = [self.env[v] for v in free]
+        self.env.update(zip(outs, _run_as_they_are(self.waiting, free, outs, values), strict=True))
+        self.waiting, self.unmade = [], set()
+
+    def _step(self, eqn: Any) -> None:
+        """Evaluates one equation that something special enters."""
+        call = _CALLS.get(eqn.primitive.name)
+        if call is not None:
+            outs = call(self, eqn)
+        else:
+            outs = self._move(eqn) or self._add_bias(eqn) or self._use(eqn) or self._as_arrays(eqn)
+        self.env.update(zip(eqn.outvars, outs, strict=True))
+
+    def _as_arrays(self, eqn: Any) -> Sequence[Any]:
+        """An equation that only knows arrays."""
+        name, recorder = eqn.primitive.name, self.ctx.recorder
+        if recorder is not None:
+            for var in eqn.invars:
+                value = self.settle(var)
+                if isinstance(value, StandIn):
+                    recorder.elsewhere(value, name, eqn.outvars[0].aval.shape)
+        outs = _bind(eqn, [self.densely(v, name) for v in eqn.invars])
+        return [self._name(outs[0])] if name == 'name' else outs
+
+    def _name(self, value: Array) -> Any:
+        """A named value, adapted where it is a site."""
+        path = self.ctx.places[self.place]
+        if self.ctx.recorder is not None:
+            self.ctx.recorder.named(path, value, self.ctx.stack)
+        view = self.ctx.named.get(path)
+        while view is not None:
+            free = tuple(range(len(view.dims)))
+            use = Named(lambda x, w: value, 'named', (), (), free)
+            value = view.rule.post(At(use, view, self.source), value, value)
+            self.serve(dataclasses.replace(view, w=None), 'efficient')
+            view = view.w
+        return value
+
+    def _move(self, eqn: Any) -> Sequence[Any] | None:
+        """A layout operation on a stand-in or on a pending output."""
+        name = eqn.primitive.name
+        first = self.read(eqn.invars[0])
+        if isinstance(first, Pending):
+            moves = _equations.back_and_forth(name, eqn.params, eqn.invars[0].aval.shape)
+            if moves is None:
+                return None
+            (value,) = _bind(eqn, [first.value])
+            return [dataclasses.replace(first, value=value, moves=(*first.moves, moves))]
+        if not isinstance(first, StandIn):
+            return None
+        index = [self.settle(v) for v in eqn.invars[1:]]
+        if any(isinstance(value, StandIn) for value in index):
+            return None
+        if name == 'split':
+            return self._split(eqn, first)
+        if self._shifted(eqn, first):
+            return [first.move(_equations.same(first.dims), lambda w: _bind(eqn, [w, *index])[0])]
+        layout = _equations.layout(name, eqn.params, first.dims, first.shape, index)
+        moved = layout and first.move(layout, lambda w: _bind(eqn, [w, *index])[0])
+        return moved and [moved]
+
+    def _shifted(self, eqn: Any, view: StandIn) -> bool:
+        """While sites are discovered, `1 + w` still counts as the leaf."""
+        scalars = len(eqn.invars) == 2 and not eqn.invars[1].aval.shape
+        return self.ctx.recorder is not None and eqn.primitive.name in ('add', 'mul') and scalars
+
+    def _split(self, eqn: Any, view: StandIn) -> Sequence[Any] | None:
+        parts = []
+        for i, cut in enumerate(_equations.split(eqn.params, view.dims, view.shape)):
+            parts.append(view.move(cut, lambda w, i=i: _bind(eqn, [w])[i]))
+        return None if any(part is None for part in parts) else parts
+
+    def _add_bias(self, eqn: Any) -> Sequence[Any] | None:
+        """An output plus the bias of the same module: it stays pending."""
+        if eqn.primitive.name != 'add':
+            return None
+        left, right = (self.read(v) for v in eqn.invars)
+        if isinstance(right, Pending):
+            left, right = right, left
+        if not isinstance(left, Pending) or not isinstance(right, StandIn):
+            return None
+        if _paths.parent(right.path) not in left.parents or right.path in {
+            at.view.path for at, _, _ in left.steps
+        }:
+            return None
+        if self.ctx.recorder is not None:
+            if not any(_same_size(at, right) for at, _, _ in left.steps):
+                return None
+            self.ctx.recorder.elsewhere(right, 'add', left.value.shape)
+        (value,) = _bind(eqn, [left.value, _plain(right)])
+        return [dataclasses.replace(left, value=value, bias=(*left.bias, right.path))]
+
+    def _use(self, eqn: Any) -> Sequence[Any] | None:
+        """The linear use of a weight."""
+        values = [self.settle(v) for v in eqn.invars]
+        places = [i for i, value in enumerate(values) if isinstance(value, StandIn)]
+        places.sort(key=lambda i: isinstance(values[i].rule, Companion))
+        position = places[0] if places else None
+        if position is None or isinstance(values[position].rule, Companion):
+            return None
+        name, view = eqn.primitive.name, values[position]
+
+        def run(x: Any, w: Any) -> Array:
+            other = 1 if position == 0 else 0
+            return _bind(eqn, [{position: w, other: x}.get(i, v) for i, v in enumerate(plain)])[0]
+
+        plain = [v if i == position else self.densely_value(v, name) for i, v in enumerate(values)]
+        found = _equations.use(name, eqn.params, position, plain, run)
+        if found is None:
+            return None
+        use, x = found
+        return [self._consume(use, x, view)]
+
+    def densely_value(self, value: Any, primitive: str) -> Any:
+        """A value as an array; a stand-in that meets another one is dense."""
+        if not isinstance(value, StandIn):
+            return value
+        if self.ctx.recorder is not None:
+            self.ctx.recorder.elsewhere(value, primitive, value.shape)
+        self.serve(value, 'dense: meets another adapted weight')
+        return value.dense()
+
+    def _consume(self, use: Any, x: Any, w: Any) -> Any:
+        """What an equation yields when a stand-in, perhaps over others, is its weight."""
+        if not isinstance(w, StandIn):
+            return use.run(x, w)
+        at = At(use, w, self.source)
+        if not w.rule.fits(at):
+            self.serve(w, 'dense: an axis is split between input and output')
+            return use.run(x, w.dense())
+        self.serve(dataclasses.replace(w, w=None), 'efficient')
+        y = self._consume(use, w.rule.pre(at, x), w.w)
+        step = (at, x, w.rule)
+        if isinstance(y, Pending):
+            return dataclasses.replace(y, steps=(*y.steps, step))
+        return Pending(y, (step,)) if w.rule.deferred else w.rule.post(at, x, y)
+
+    def source(self, name: str) -> Array:
+        """The value of a named value near the current equation, before or after it.
+
+        A later one is computed from what is known now, as the untouched model would.
+
+        Raises:
+          ValueError: there is none of that name in the same scope.
+        """
+        for eqn in self.jaxpr.eqns:
+            if eqn.primitive.name == 'name' and eqn.params['name'] == name:
+                known = self.env.get(eqn.outvars[0])
+                return known if known is not None else self._ahead(eqn.invars[0])
+        raise ValueError(
+            f'source must name a value in the same scope as the target; there is no {name!r} there. '
+            'Name it with jax.ad_checkpoint.checkpoint_name'
+        )
+
+    def _ahead(self, var: Any) -> Array:
+        """Evaluates what a variable that is not yet known depends on."""
+        needed, wanted = [], {var}
+        for eqn in reversed(self.jaxpr.eqns):
+            if wanted.intersection(eqn.outvars) and not any(v in self.env for v in eqn.outvars):
+                needed.append(eqn)
+                wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+        made = {v for eqn in needed for v in eqn.outvars}
+        free = [v for v in wanted if v in self.env and v not in made]
+        values = [self._raw(v) for v in free]
+        return _run_as_they_are(needed[::-1], free, [var], values)[0]
+
+    def _raw(self, var: Any) -> Array:
+        """A value as the untouched model has it at this moment."""
+        value = self.env[var]
+        return value.value if isinstance(value, Pending) else _plain(value)
+
+    # Control flow -------------------------------------------------------------------------------
+
+    def enter(self, jaxpr: Any, arguments: Sequence[Any], place: int, run: Run | None = None):
+        """Evaluates an inner jaxpr."""
+        inner, consts = (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, 'consts') else (jaxpr, ())
+        return _Frame(inner, consts, run or self.ctx, place).run(arguments)
+
+    def within(self, eqn: Any) -> dict[Path, StandIn]:
+        """The stand-ins of the values that are named inside an equation."""
+        inside = self.ctx.places[self.place : self.place + len(_names_in(eqn))]
+        return {path: self.ctx.named[path] for path in inside if path in self.ctx.named}
+
+
+def _jit(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    """The body of an inner jit is evaluated in place: what was pending may stay so."""
+    values = [frame.read(v) for v in eqn.invars]
+    values = [
+        lax.with_sharding_constraint(value, where)
+        if isinstance(where, Sharding) and not isinstance(value, StandIn | Pending)
+        else value
+        for value, where in zip(values, eqn.params['in_shardings'], strict=True)
+    ]
+    return frame.enter(eqn.params['jaxpr'], values, frame.place)
+
+
+def _remat(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    params = eqn.params
+    values = [frame.settle(v) for v in eqn.invars]
+    named = frame.within(eqn)
+
+    def body(named: dict[Path, StandIn], values: Sequence[Any]) -> Sequence[Any]:
+        run = dataclasses.replace(frame.ctx, named=named)
+        return [_settled(out) for out in frame.enter(params['jaxpr'], values, frame.place, run)]
+
+    again = jax.checkpoint(body, prevent_cse=params['prevent_cse'], policy=params['policy'])
+    return again(named, values)
+
+
+def _scan(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    params = eqn.params
+    jaxpr, length = params['jaxpr'], params['length']
+    n_consts, n_carry = _scan_counts(params)
+    consts = [frame.settle(v) for v in eqn.invars[:n_consts]]
+    carry, kept = _carried(frame, eqn, n_consts, jaxpr, n_consts, n_carry)
+    xs = [frame.settle(v) for v in eqn.invars[n_consts + n_carry :]]
+    xs = [x.lead() if isinstance(x, StandIn) else x for x in xs]
+    named = frame.within(eqn)
+    run = dataclasses.replace(frame.ctx, stack=(*frame.ctx.stack, length))
+
+    def body(carry: Sequence[Any], sliced: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+        named, xs = sliced
+        named = {path: view.body() for path, view in named.items()}
+        xs = [x.body() if isinstance(x, StandIn) else x for x in xs]
+        whole = [kept.get(i, value) for i, value in enumerate(carry)]
+        inside = dataclasses.replace(run, named=named)
+        outs = frame.enter(jaxpr, [*consts, *whole, *xs], frame.place, inside)
+        outs = [_plain(out) if i not in kept else carry[i] for i, out in enumerate(outs)]
+        return outs[:n_carry], outs[n_carry:]
+
+    how = {'length': length, 'reverse': params['reverse'], 'unroll': params['unroll']}
+    carry, ys = lax.scan(body, carry, (named, xs), **how)
+    return [*(kept.get(i, value) for i, value in enumerate(carry)), *ys]
+
+
+def _scan_counts(params: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants and carries, in either version of JAX."""
+    if 'num_consts' in params:
+        return params['num_consts'], params['num_carry']
+    consts, carry, _ = params['ft_in'].unpack()
+    return len(list(consts.vals)), len(list(carry.vals))
+
+
+def _carried(
+    frame: _Frame, eqn: Any, first: int, body: Any, body_first: int, count: int
+) -> tuple[list[Any], dict[int, StandIn]]:
+    """The carry of a loop; a stand-in that goes round unchanged is held outside of it.
+
+    The carry begins at operand `first` of the equation and at argument `body_first` of the body.
+    """
+    body = getattr(body, 'jaxpr', body)
+    carry, kept = [], {}
+    for i, var in enumerate(eqn.invars[first : first + count]):
+        value = frame.settle(var)
+        unchanged = body.outvars[i] is body.invars[body_first + i]
+        if isinstance(value, StandIn) and unchanged:
+            kept[i], value = value, jnp.zeros(())
+        elif isinstance(value, StandIn):
+            value = frame.densely(var, eqn.primitive.name)
+        carry.append(value)
+    return carry, kept
+
+
+def _while(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    params = eqn.params
+    n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
+    cond_consts = [frame.settle(v) for v in eqn.invars[:n_cond]]
+    body_consts = [frame.settle(v) for v in eqn.invars[n_cond : n_cond + n_body]]
+    body_jaxpr, cond_jaxpr = params['body_jaxpr'], params['cond_jaxpr']
+    first = n_cond + n_body
+    carry, kept = _carried(frame, eqn, first, body_jaxpr, n_body, len(eqn.invars) - first)
+    cond_place, body_place = _places(frame, (cond_jaxpr, body_jaxpr))
+
+    def whole(carry: Sequence[Any]) -> list[Any]:
+        return [kept.get(i, value) for i, value in enumerate(carry)]
+
+    def cond(carry: Sequence[Any]) -> Any:
+        (out,) = frame.enter(cond_jaxpr, [*cond_consts, *whole(carry)], cond_place)
+        return _plain(out)
+
+    def body(carry: Sequence[Any]) -> Sequence[Any]:
+        outs = frame.enter(body_jaxpr, [*body_consts, *whole(carry)], body_place)
+        return [_plain(out) if i not in kept else carry[i] for i, out in enumerate(outs)]
+
+    return whole(lax.while_loop(cond, body, carry))
+
+
+def _places(frame: _Frame, jaxprs: Sequence[Any]) -> list[int]:
+    """Where the count of named values stands at the start of each inner jaxpr."""
+    sizes = [len(_names(getattr(jaxpr, 'jaxpr', jaxpr))) for jaxpr in jaxprs]
+    return [frame.place + sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _cond(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    branches = eqn.params['branches']
+    index, *values = (frame.settle(v) for v in eqn.invars)
+    starts = _places(frame, branches)
+
+    def branch(jaxpr: Any, place: int) -> Callable[..., Sequence[Any]]:
+        return lambda *values: [_plain(out) for out in frame.enter(jaxpr, values, place)]
+
+    bodies = [branch(*pair) for pair in zip(branches, starts, strict=True)]
+    return lax.switch(index, bodies, *values)
+
+
+def _custom(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    """A call with a derivative rule of its own gets arrays; sites inside it are still found."""
+    recorder = frame.ctx.recorder
+    name = eqn.primitive.name
+    if recorder is None:
+        inside = frame.within(eqn)
+        for view in inside.values():
+            raise ValueError(f'{view.path!r} is named inside a {name}: it cannot be adapted there')
+        return _bind(eqn, [frame.densely(v, name) for v in eqn.invars])
+    before, recorder.opaque = recorder.opaque, recorder.opaque or f'inside {name}'
+    values = [frame.settle(v) for v in eqn.invars]
+    outs = [_plain(out) for out in frame.enter(eqn.params['call_jaxpr'], values, frame.place)]
+    recorder.opaque = before
+    return outs
+
+
+def _shard_map(frame: _Frame, eqn: Any) -> Sequence[Any]:
+    params, recording = eqn.params, frame.ctx.recorder is not None
+    values = [frame.settle(v) for v in eqn.invars]
+    for value, spec in zip(values, params['in_specs'], strict=True):
+        if isinstance(value, StandIn) and value.rule.deferred and any(spec) and not recording:
+            raise ValueError(
+                f'the output of {value.path!r} cannot be adapted inside shard_map, where each device '
+                f'holds a part of the weight ({spec}) and of its output. Use a method of the weight '
+                'seam, or leave the path out of the target'
+            )
+    specs = [
+        _specs(value, spec) if isinstance(value, StandIn) else spec
+        for value, spec in zip(values, params['in_specs'], strict=True)
+    ]
+
+    def body(*values: Any) -> tuple[Any, ...]:
+        return tuple(_plain(out) for out in frame.enter(params['jaxpr'], values, frame.place))
+
+    mapped = jax.shard_map(
+        body,
+        mesh=params['mesh'],
+        in_specs=tuple(specs),
+        out_specs=tuple(params['out_specs']),
+        axis_names=params['newly_manual_axes'],
+        check_vma=params['check_vma'],
+    )
+    return mapped(*values)
+
+
+def _specs(view: Any, spec: PartitionSpec) -> Any:
+    """A stand-in's factors lie on the mesh as the dimensions of the weight that they share."""
+    if not isinstance(view, StandIn):
+        return spec
+    axes = (*spec, *(None,) * (len(view.dims) - len(spec)))
+    factors = {
+        name: PartitionSpec(*(a if full else None for a, full in zip(axes, view.full(name))))
+        for name in view.factors
+    }
+    return dataclasses.replace(view, w=_specs(view.w, spec), factors=factors)
+
+
+_CALLS: dict[str, Callable[[_Frame, Any], Sequence[Any]]] = {
+    'jit': _jit,
+    'pjit': _jit,
+    'remat': _remat,
+    'remat2': _remat,
+    'checkpoint': _remat,
+    'scan': _scan,
+    'while': _while,
+    'cond': _cond,
+    'custom_jvp_call': _custom,
+    'custom_vjp_call': _custom,
+    'shard_map': _shard_map,
+}

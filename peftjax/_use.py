@@ -1,0 +1,426 @@
+"""What an equation does with a weight, as geometry.
+
+A use contracts some dimensions of the weight with an input `x`, pairs others with it (experts),
+and produces the rest in its output `y`. In these terms every method is written once, for dots in
+any order, gathers, convolutions and ragged dots.
+
+A hidden tensor `h` has the dimensions of `y`, with those produced by the weight replaced by one of
+size `rank`. `down` and `up` work in the space of the weight, `up(down(x, a), b)` being what `x`
+yields with the weight `a @ b`. `read` and `write` work on the output: `y -> h -> y`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax._layout import Full
+from peftjax._types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Use(abc.ABC):
+    """One equation that consumes a weight linearly.
+
+    Attributes:
+      run: the equation itself: `run(x, w) -> y`.
+      kind: what the site table calls it.
+      contract: dimensions of the weight that the equation sums over.
+      batch: dimensions of the weight that are paired with dimensions of `x` (experts).
+      free: dimensions of the weight that it produces, in the order of the weight.
+    """
+
+    run: Callable[[Any, Any], Array]
+    kind: str
+    contract: tuple[int, ...]
+    batch: tuple[int, ...]
+    free: tuple[int, ...]
+
+    @abc.abstractmethod
+    def down(self, x: Array, f: Array) -> Array:
+        """`x -> h`, with a factor that has the batch and contracted dimensions and a rank."""
+
+    @abc.abstractmethod
+    def up(self, h: Array, f: Array) -> Array:
+        """`h -> y`, with a factor that has the batch and free dimensions and a rank."""
+
+    @abc.abstractmethod
+    def read(self, y: Array, f: Array) -> Array:
+        """`y -> h`, with a factor that has the batch and free dimensions and a rank."""
+
+    def write(self, h: Array, f: Array) -> Array:
+        """`h -> y` for an `h` that came from `read`."""
+        return self.up(h, f)
+
+    @abc.abstractmethod
+    def on_output(self, y: Array, f: Array) -> Array:
+        """A factor over batch and free dimensions, ready to broadcast against `y`."""
+
+    @abc.abstractmethod
+    def on_input(self, x: Array, f: Array) -> Array:
+        """A factor over batch and contracted dimensions, ready to broadcast against `x`."""
+
+    @abc.abstractmethod
+    def on_hidden(self, h: Array, f: Array) -> Array:
+        """A factor over batch dimensions with a rank, ready to broadcast against `h`."""
+
+    @abc.abstractmethod
+    def outputs(self, y: Array) -> tuple[int, ...]:
+        """The dimensions of `y` that the weight produced."""
+
+    def summed(self, full: Full) -> bool:
+        """Whether a factor has just the dimensions that `down` needs."""
+        return self._covers(full, self.contract, self.free)
+
+    def produced(self, full: Full) -> bool:
+        """Whether a factor has just the dimensions that `up`, `read` and `on_output` need."""
+        return self._covers(full, self.free, self.contract)
+
+    def _covers(self, full: Full, yes: tuple[int, ...], no: tuple[int, ...]) -> bool:
+        return all(full[d] for d in (*yes, *self.batch)) and not any(full[d] for d in no)
+
+
+def pick(f: Array, dims: Sequence[int], rank: int) -> Array:
+    """A factor reduced to some of its weight dimensions, in that order, then its extras."""
+    extra = range(rank, f.ndim)
+    order = (*dims, *(d for d in range(rank) if d not in dims), *extra)
+    moved = jnp.transpose(f, order)
+    kept = len(dims)
+    return jnp.reshape(moved, (*moved.shape[:kept], *moved.shape[rank:]))
+
+
+def product(x: Array, f: Array, numbers: Any, out: tuple[Any, ...] | None, **how: Any) -> Array:
+    """A dot whose result is placed as `out` says, where mesh axes are explicit."""
+    mesh = jax.typeof(x).sharding.mesh
+    if out is not None and any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+        how['out_sharding'] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*out))
+    return lax.dot_general(x, f, numbers, **how)
+
+
+def placement(array: Array) -> tuple[Any, ...]:
+    """The mesh axes of each dimension."""
+    spec = tuple(jax.typeof(array).sharding.spec)
+    return (*spec, *(None,) * (array.ndim - len(spec)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot(Use):
+    """`dot_general`, the weight on either side.
+
+    Attributes:
+      weight_first: whether the weight is the left operand.
+      x_contract: dimensions of `x` summed over, in the order of `contract`.
+      x_batch: dimensions of `x` paired with the weight's, in the order of `batch`.
+      precision: of the product.
+      wide: the dtype that the equation asks of its output, if it is not the operands'.
+    """
+
+    weight_first: bool
+    x_contract: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    precision: Any
+    wide: Any
+
+    @property
+    def _rank(self) -> int:
+        return len(self.contract) + len(self.batch) + len(self.free)
+
+    def down(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, (*self.batch, *self.contract), self._rank)
+        n = len(self.batch)
+        numbers = (
+            (self.x_contract, tuple(range(n, n + len(self.contract)))),
+            (self.x_batch, tuple(range(n))),
+        )
+        spec = placement(x)
+        rest = [d for d in range(x.ndim) if d not in (*self.x_contract, *self.x_batch)]
+        out = (*(spec[d] for d in (*self.x_batch, *rest)), None)
+        return product(x, f, numbers, out, precision=self.precision)
+
+    def up(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        n = len(self.batch)
+        f = pick(f, (*self.batch, *self.free), self._rank)
+        paired = tuple(range(n))
+        numbers = (((h.ndim - 1,), (f.ndim - 1,)), (paired, paired))
+        how = {'precision': self.precision, 'preferred_element_type': self.wide}
+        hs, fs = placement(h)[:-1], placement(f)[:-1]
+        if self.weight_first:
+            swapped = ((numbers[0][1], numbers[0][0]), numbers[1])
+            return product(f, h, swapped, (*hs[:n], *fs[n:], *hs[n:]), **how)
+        return product(h, f, numbers, (*hs, *fs[n:]), **how)
+
+    def read(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, (*self.batch, *self.free), self._rank)
+        n = len(self.batch)
+        made = tuple(range(n, n + len(self.free)))
+        numbers = ((self.outputs(y), made), (tuple(range(n)), tuple(range(n))))
+        spec = placement(y)
+        rest = [d for d in range(n, y.ndim) if d not in self.outputs(y)]
+        out = (*spec[:n], *(spec[d] for d in rest), None)
+        return product(y, f, numbers, out, precision=self.precision)
+
+    def on_output(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, (*self.batch, *self.free), self._rank)
+        return _align(f, (*range(len(self.batch)), *self.outputs(y)), y.ndim)
+
+    def on_input(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, (*self.batch, *self.contract), self._rank)
+        return _align(f, (*self.x_batch, *self.x_contract), x.ndim)
+
+    def on_hidden(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, self.batch, self._rank)
+        return _align(f, (*range(len(self.batch)), h.ndim - 1), h.ndim)
+
+    def outputs(self, y: Array) -> tuple[int, ...]:
+        """See `Use`."""
+        first = len(self.batch) if self.weight_first else y.ndim - len(self.free)
+        return tuple(range(first, first + len(self.free)))
+
+
+def _align(f: Array, dims: tuple[int, ...], rank: int) -> Array:
+    """Puts the dimensions of `f` at `dims` of a tensor of `rank` dimensions, ones elsewhere."""
+    order = sorted(range(len(dims)), key=lambda i: dims[i])
+    sizes = {dims[i]: f.shape[i] for i in order}
+    return jnp.reshape(jnp.transpose(f, order), [sizes.get(d, 1) for d in range(rank)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather(Use):
+    """A lookup of rows: `x` holds indices, with a last dimension of size one.
+
+    Attributes:
+      offset: the dimensions of `y` that hold the looked-up slice.
+      mode: what happens to indices out of bounds.
+      fill: the value in their place, where the mode fills.
+    """
+
+    offset: tuple[int, ...]
+    mode: Any
+    fill: Any
+
+    @property
+    def _rank(self) -> int:
+        return 1 + len(self.free)
+
+    def down(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        rows = pick(f, self.contract, self._rank)
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=(x.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
+        )
+        sizes = (1, rows.shape[1])
+        return lax.gather(rows, x, numbers, sizes, mode=self.mode, fill_value=self.fill)
+
+    def up(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, self.free, self._rank)
+        y = product(
+            h,
+            f,
+            (((h.ndim - 1,), (f.ndim - 1,)), ((), ())),
+            (*placement(h)[:-1], *placement(f)[:-1]),
+        )
+        return jnp.moveaxis(y, tuple(range(h.ndim - 1, y.ndim)), self.offset)
+
+    def read(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, self.free, self._rank)
+        made = tuple(range(len(self.free)))
+        rest = [s for d, s in enumerate(placement(y)) if d not in self.offset]
+        return product(y, f, ((self.offset, made), ((), ())), (*rest, None))
+
+    def on_output(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        return _align(pick(f, self.free, self._rank), self.offset, y.ndim)
+
+    def on_input(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        raise TypeError('the input of a lookup is an index: it cannot be scaled')
+
+    def on_hidden(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return _align(pick(f, (), self._rank), (h.ndim - 1,), h.ndim)
+
+    def outputs(self, y: Array) -> tuple[int, ...]:
+        """See `Use`."""
+        return self.offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(Use):
+    """`conv_general_dilated`, the weight being the kernel.
+
+    Attributes:
+      params: the other parameters of the equation.
+      feature: the dimension of `y` that holds the features.
+      x_feature: the dimension of `x` that holds the features.
+      kernel_in: the kernel's dimension of input features (of one group).
+      groups: the number of feature groups.
+    """
+
+    params: Any
+    feature: int
+    x_feature: int
+    kernel_in: int
+    groups: int
+
+    @property
+    def _rank(self) -> int:
+        return len(self.contract) + 1
+
+    def down(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        (out,) = self.free
+        kernel = jnp.moveaxis(jnp.squeeze(f, out), -1, out)
+        repeats = [self.groups if d == out else 1 for d in range(kernel.ndim)]
+        return lax.conv_general_dilated(x, jnp.tile(kernel, repeats), **self.params)
+
+    def up(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._pointwise(h, f, self.groups)
+
+    def read(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, self.free, self._rank)
+        h = lax.dot_general(y, f, (((self.feature,), (0,)), ((), ())))
+        return jnp.moveaxis(h, -1, self.feature)
+
+    def write(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._pointwise(h, f, 1)
+
+    def _pointwise(self, h: Array, f: Array, groups: int) -> Array:
+        kernel = jnp.moveaxis(jnp.squeeze(f, self.kernel_in), -1, self.kernel_in)
+        spatial = kernel.ndim - 2
+        plain = {
+            'window_strides': (1,) * spatial,
+            'padding': ((0, 0),) * spatial,
+            'lhs_dilation': (1,) * spatial,
+            'rhs_dilation': (1,) * spatial,
+            'feature_group_count': groups,
+        }
+        numbers = self.params['dimension_numbers']
+        # the hidden tensor has the layout of the output
+        numbers = lax.ConvDimensionNumbers(numbers.out_spec, numbers.rhs_spec, numbers.out_spec)
+        params = {**self.params, **plain, 'dimension_numbers': numbers}
+        return lax.conv_general_dilated(h, kernel, **params)
+
+    def on_output(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        return _align(pick(f, self.free, self._rank), (self.feature,), y.ndim)
+
+    def on_input(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        f = pick(f, (self.kernel_in,), self._rank)
+        return _align(jnp.tile(f, self.groups), (self.x_feature,), x.ndim)
+
+    def on_hidden(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return _align(pick(f, (), self._rank), (self.feature,), h.ndim)
+
+    def outputs(self, y: Array) -> tuple[int, ...]:
+        """See `Use`."""
+        return (self.feature,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged(Use):
+    """`ragged_dot`: rows of `x` `(m, in)` meet the matrix of their group `(groups, in, out)`.
+
+    Attributes:
+      sizes: the rows of each group.
+      precision: of the product.
+      wide: the dtype that the equation asks of its output, if it is not the operands'.
+    """
+
+    sizes: Array
+    precision: Any
+    wide: Any
+
+    def _dot(self, x: Array, f: Array, wide: Any = None) -> Array:
+        how = {'precision': self.precision, 'preferred_element_type': wide}
+        return lax.ragged_dot(x, f, self.sizes, **how)
+
+    def down(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._dot(x, pick(f, (0, 1), 3))
+
+    def up(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._dot(h, jnp.swapaxes(pick(f, (0, 2), 3), 1, 2), self.wide)
+
+    def read(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._dot(y, pick(f, (0, 2), 3))
+
+    def _rows(self, f: Array, count: int) -> Array:
+        return jnp.repeat(f, self.sizes, axis=0, total_repeat_length=count)
+
+    def on_output(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._rows(pick(f, (0, 2), 3), y.shape[0])
+
+    def on_input(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._rows(pick(f, (0, 1), 3), x.shape[0])
+
+    def on_hidden(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return self._rows(pick(f, (0,), 3), h.shape[0])
+
+    def outputs(self, y: Array) -> tuple[int, ...]:
+        """See `Use`."""
+        return (1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Use):
+    """A value that the model names with `checkpoint_name`: an output without a weight.
+
+    Its last dimensions, those of one token, count as free dimensions of a weight that is not there.
+    """
+
+    def down(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        raise TypeError('a named value has no input')
+
+    def up(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return product(
+            h,
+            f,
+            (((h.ndim - 1,), (f.ndim - 1,)), ((), ())),
+            (*placement(h)[:-1], *placement(f)[:-1]),
+        )
+
+    def read(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        made = tuple(range(f.ndim - 1))
+        out = (*placement(y)[: y.ndim - len(made)], None)
+        return product(y, f, ((self.outputs(y)[-len(made) :], made), ((), ())), out)
+
+    def on_output(self, y: Array, f: Array) -> Array:
+        """See `Use`."""
+        return _align(f, self.outputs(y), y.ndim)
+
+    def on_input(self, x: Array, f: Array) -> Array:
+        """See `Use`."""
+        raise TypeError('a named value has no input')
+
+    def on_hidden(self, h: Array, f: Array) -> Array:
+        """See `Use`."""
+        return _align(pick(f, (), len(self.free)), (h.ndim - 1,), h.ndim)
+
+    def outputs(self, y: Array) -> tuple[int, ...]:
+        """See `Use`."""
+        return tuple(range(y.ndim - len(self.free), y.ndim))

@@ -1,0 +1,144 @@
+"""Virtual tokens: room made in the arguments, and cut from the results.
+
+The token argument is padded with dummy ids, and what goes with it (masks, positions) is padded
+too. The model sizes everything else itself. What lies at the places of the dummies is overwritten
+by the method, and the places are cut from the results, along the dimensions that grew.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import _paths
+from peftjax._types import Array, PyTree
+
+FILL = {
+    'attention_mask': 1,
+    'mask': 1,
+    'padding_mask': 1,
+    'pool_mask': 0,
+    'segment_ids': 1,
+    'token_type_ids': 0,
+    'labels': -100,
+}
+POSITIONS = ('position_ids', 'positions', 'position')
+
+
+@dataclasses.dataclass(frozen=True)
+class Virtual:
+    """Virtual tokens that a method needs room for.
+
+    Attributes:
+      length: how many.
+      side: `front` or `back` of the sequence.
+      tokens: the argument with token ids: a position (`'0'`), a keyword, or a path into one.
+      dummy: the id that holds their places.
+      fill: what other arguments get at their places, by name, over the usual ones of `FILL`.
+      shift: whether real tokens count those in front of them in their positions.
+    """
+
+    length: int
+    side: str
+    tokens: str
+    dummy: int
+    fill: tuple[tuple[str, int | float], ...]
+    shift: bool
+
+    def pad(self, array: Array, axis: int, value: Any) -> Array:
+        """An array with room along one dimension."""
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (self.length, 0) if self.side == 'front' else (0, self.length)
+        return jnp.pad(array, widths, constant_values=np.asarray(value).astype(array.dtype))
+
+    def cut(self, array: Array, axis: int) -> Array:
+        """The same without the room."""
+        size = array.shape[axis]
+        start = self.length if self.side == 'front' else 0
+        return jax.lax.slice_in_dim(array, start, start + size - self.length, axis=axis)
+
+    def extend(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The arguments with room for the virtual tokens.
+
+        Raises:
+          ValueError: there is no such token argument, or another argument of its shape has no
+            known value for virtual tokens.
+        """
+        named = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+        leaves = _paths.leaves(named)
+        ids = leaves.get(self.tokens)
+        if ids is None or not np.issubdtype(ids.dtype, np.integer) or not ids.ndim:
+            shapes = {path: getattr(leaf, 'shape', leaf) for path, leaf in leaves.items()}
+            raise ValueError(
+                f'tokens={self.tokens!r} must name an integer argument of token ids; the call has '
+                f'{shapes}. Set tokens to one of these names'
+            )
+        new = {self.tokens: self.pad(ids, ids.ndim - 1, self.dummy)}
+        for path, leaf in leaves.items():
+            if path != self.tokens and _goes_with(leaf, ids):
+                new[path] = self._padded(path, leaf)
+        out = _paths.replace(named, new)
+        return [out[str(i)] for i in range(len(args))], {name: out[name] for name in kwargs}
+
+    def _padded(self, path: str, leaf: Array) -> Array:
+        last = path.rpartition('/')[2]
+        fill = {**FILL, **dict(self.fill)}
+        if path in fill or last in fill:
+            return self.pad(leaf, leaf.ndim - 1, fill[path] if path in fill else fill[last])
+        if last in POSITIONS:
+            return self._positions(leaf)
+        if np.issubdtype(leaf.dtype, np.bool_):
+            return self.pad(leaf, leaf.ndim - 1, True)
+        raise ValueError(
+            f'virtual tokens need a value in every argument that goes with the tokens; {path!r} of '
+            f'shape {leaf.shape} has none. Say it: fill=(({path!r}, value),)'
+        )
+
+    def _positions(self, leaf: Array) -> Array:
+        if self.side == 'back' or not self.shift:
+            moved = leaf + self.length if self.shift else leaf
+            return self.pad(moved, leaf.ndim - 1, 0)
+        front = jnp.broadcast_to(
+            jnp.arange(self.length, dtype=leaf.dtype), (*leaf.shape[:-1], self.length)
+        )
+        return jnp.concatenate([front, leaf + self.length], axis=-1)
+
+
+def _goes_with(leaf: Any, ids: Array) -> bool:
+    """Whether an argument has one number for each token, or one row for all."""
+    shape = getattr(leaf, 'shape', None)
+    if not shape or shape[-1] != ids.shape[-1] or len(shape) > ids.ndim:
+        return False
+    rows = ids.shape[ids.ndim - len(shape) : -1]
+    return all(a in (1, b) for a, b in zip(shape[:-1], rows, strict=True))
+
+
+def grown(before: Sequence[int], after: Sequence[int], by: int) -> tuple[int, ...]:
+    """The dimensions of a shape that grew by a number."""
+    if len(before) != len(after):
+        return ()
+    return tuple(d for d, (a, b) in enumerate(zip(before, after, strict=True)) if b - a == by)
+
+
+def shorten(virtual: Virtual, shapes: PyTree, outs: PyTree) -> PyTree:
+    """Cuts results back to the shapes that they have without virtual tokens.
+
+    Raises:
+      ValueError: a result changed its shape in another way.
+    """
+
+    def one(shape: Any, out: Array) -> Array:
+        for axis in grown(shape.shape, out.shape, virtual.length):
+            out = virtual.cut(out, axis)
+        if out.shape != shape.shape:
+            raise ValueError(
+                f'virtual tokens may only lengthen results: {shape.shape} became {out.shape}'
+            )
+        return out
+
+    return jax.tree.map(one, shapes, outs)
+
+
