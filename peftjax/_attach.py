@@ -1,8 +1,9 @@
 """`attach`: a method and a model become a `Peft`, three pure functions with one static plan."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -210,12 +211,35 @@ class Peft:
         merged: dict[Path, Array] = {}
         for part, chosen, mine in self._parts(phi):
             for site in chosen:
-                wide = {path: merged.get(path, leaves[path]) for path in (site.path, *site.bias)
-                        if path in leaves}
+                wide = {
+                    path: merged.get(path, leaves[path])
+                    for path in (site.path, *site.bias)
+                    if path in leaves
+                }
                 wide = {path: float32(leaf) for path, leaf in wide.items()}
                 merged.update(part.merge(site, wide, mine.get(site.path, {})))
         cast = {path: leaf.astype(leaves[path].dtype) for path, leaf in merged.items()}
         return _paths.replace(params, cast)
+
+    def fold(self, phi: Phi) -> 'tuple[Peft, Phi]':
+        """Turns a phi that is kept in another form into the plain one.
+
+        A prefix trained through a reparametrizing network becomes a direct prefix; what is plain
+        already stays as it is.
+
+        Args:
+          phi: as from `init`.
+
+        Returns:
+          The plan and the phi without the other form; `wrap` gives the same forward for both.
+        """
+        self._check_phi(phi)
+        plain = _nested(
+            (keys, part.expand(chosen, _at(phi, keys)))
+            for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
+        )
+        method = self.method.folded()
+        return dataclasses.replace(self, method=method, phi=_shapes(plain)), plain
 
     def count(self) -> int:
         """The number of trained parameters."""
@@ -223,25 +247,19 @@ class Peft:
 
     def _parts(self, phi: Phi) -> list[tuple[Method, tuple[Site, ...], Any]]:
         """Each method with its sites and its phi, one entry for each site."""
-        found = []
-        for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True):
-            mine = phi
-            for key in keys:
-                mine = mine[key]
-            found.append((part, chosen, part.expand(chosen, mine)))
-        return found
+        return [
+            (part, chosen, part.expand(chosen, _at(phi, keys)))
+            for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
+        ]
 
     def _fresh(self, key: Array, params: PyTree) -> Phi:
-        leaves, phi = _paths.leaves(params), {}
-        for i, ((keys, part), chosen) in enumerate(zip(self.method.parts, self.sites, strict=True)):
-            mine = part.init(key if not keys else jax.random.fold_in(key, i), chosen, leaves)
-            if not keys:
-                return mine
-            inner = phi
-            for name in keys[:-1]:
-                inner = inner.setdefault(name, {})
-            inner[keys[-1]] = mine
-        return phi
+        leaves = _paths.leaves(params)
+        return _nested(
+            (keys, part.init(jax.random.fold_in(key, i) if i else key, chosen, leaves))
+            for i, ((keys, part), chosen) in enumerate(
+                zip(self.method.parts, self.sites, strict=True)
+            )
+        )
 
     def _call(
         self,
@@ -297,15 +315,35 @@ class Peft:
             for site in chosen:
                 prefix = '/'.join((*keys, site.path)) + '/'
                 mine = [s for s in self.phi if s[0].startswith(prefix)]
-                shapes = ', '.join(f'{p[len(prefix):]} {_text(shape)}' for p, shape, _ in mine)
+                shapes = ', '.join(f'{p[len(prefix) :]} {_text(shape)}' for p, shape, _ in mine)
                 count = sum(math.prod(shape) for _, shape, _ in mine)
                 taken = ', '.join(served.get(site.path, ('efficient',)))
                 name = type(part).__name__
-                rows.append((name, site.path, site.kind, _text(site.shape), shapes, f'{count:,}', taken))
+                rows.append(
+                    (name, site.path, site.kind, _text(site.shape), shapes, f'{count:,}', taken)
+                )
         head = ('method', 'path', 'kind', 'weight', 'phi', 'count', 'path taken')
         total = sum(math.prod(shape) for _, shape, _ in self.leaves)
         percent = 100 * self.count() / total
         return f'{table(head, rows)}\ntotal: {self.count():,} trained, {percent:.3g} % of {total:,}'
+
+
+def _at(phi: Phi, keys: Sequence[str]) -> Any:
+    """The phi of one part of a chain."""
+    return functools.reduce(lambda tree, key: tree[key], keys, phi)
+
+
+def _nested(parts: Iterable[tuple[Sequence[str], Phi]]) -> Phi:
+    """The phi of a chain from the phi of its parts."""
+    whole: dict[str, Any] = {}
+    for keys, mine in parts:
+        if not keys:
+            return mine
+        inner = whole
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = mine
+    return whole
 
 
 def _text(shape: Sequence[int]) -> str:

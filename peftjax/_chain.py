@@ -23,6 +23,10 @@ class Chain:
             ((name, *keys), part) for name, method in self.methods for keys, part in method.parts
         )
 
+    def folded(self) -> 'Chain':
+        """The same with every method folded."""
+        return Chain(tuple((name, method.folded()) for name, method in self.methods))
+
 
 def chain(*methods: Method | Chain, **named: Method | Chain) -> Chain:
     """Uses several methods at once: phi is `{method name: phi of that method}`.

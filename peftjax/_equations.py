@@ -148,7 +148,9 @@ def _gather(params: Any, w: Any, run: Callable[..., Array]) -> _use.Gather | Non
     if not plain or numbers.operand_batching_dims or not whole:
         return None
     offset = tuple(numbers.offset_dims)
-    return _use.Gather(run, 'embedding', rows, (), free, offset, params['mode'], params['fill_value'])
+    return _use.Gather(
+        run, 'embedding', rows, (), free, offset, params['mode'], params['fill_value']
+    )
 
 
 def _conv(params: Any, w: Any, run: Callable[..., Array]) -> _use.Conv | None:
@@ -184,6 +186,4 @@ def _ragged(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> 
     if not plain:
         return None
     wide = params['preferred_element_type']
-    return _use.Ragged(
-        run, 'expert', (1,), (0,), (2,), operands[2], params['precision'], wide
-    )
+    return _use.Ragged(run, 'expert', (1,), (0,), (2,), operands[2], params['precision'], wide)

@@ -127,8 +127,6 @@ class Method(abc.ABC):
     """The kinds of site that it can adapt."""
     seam: ClassVar[str]
     """`weight`, `output` or `leaf`."""
-    identity: ClassVar[str]
-    """`exact`, `rounding` or `no`: how the model at init compares with the base."""
     mergeable: ClassVar[bool]
     """Whether phi can become part of ordinary parameters."""
 
@@ -166,6 +164,10 @@ class Method(abc.ABC):
         del sites
         return phi
 
+    def folded(self) -> 'Method':
+        """The method whose phi is what `expand` returns."""
+        return self
+
     def merge(self, site: Site, leaves: Mapping[Path, Array], phi: Phi) -> Mapping[Path, Array]:
         """The new leaves after merging one site, in float32 or wider.
 
@@ -174,6 +176,11 @@ class Method(abc.ABC):
         """
         adapted = self.bind(site, leaves[site.path], phi, None)
         return {site.path: adapted.dense() if isinstance(adapted, StandIn) else adapted}
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """How the model at init compares with the base: `exact`, `rounding` or `no`."""
 
     @property
     def virtual(self) -> Virtual | None:

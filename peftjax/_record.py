@@ -47,7 +47,8 @@ class Recorder(Rule):
         """Notes a use that is not linear in the weight."""
         kind = ELEMENTWISE.get(primitive, 'other')
         why = self.opaque or (f'enters {primitive}' if kind == 'other' else '')
-        self._note(view, kind, (), (), (), output, why)
+        made = range(len(view.dims)) if kind != 'other' else ()
+        self._note(view, kind, (), made, (), output, why)
 
     def named(self, path: Path, value: Array, stack: tuple[int, ...]) -> None:
         """Notes a named value; its last dimension counts as its outputs."""

@@ -140,5 +140,3 @@ def shorten(virtual: Virtual, shapes: PyTree, outs: PyTree) -> PyTree:
         return out
 
     return jax.tree.map(one, shapes, outs)
-
-

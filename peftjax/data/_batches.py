@@ -82,7 +82,8 @@ def encode(
         raise ValueError('encode needs at least one text, received none.')
     texts = list(texts)
     if callable(tokenizer):
-        rows = tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)['input_ids']
+        out: Any = tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)
+        rows = out['input_ids']
     else:
         rows = _backend_rows(tokenizer, texts, max_tokens)
     pad_id = _pad_id(tokenizer) if pad_id is None else pad_id

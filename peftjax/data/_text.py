@@ -179,7 +179,7 @@ def _csv_rows(path: pathlib.Path, content: str) -> _Rows:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f'{path}, line {reader.line_num} must be CSV: {error}.') from error
+        raise ValueError(f'{path}, after line {reader.line_num}: must be CSV: {error}.') from error
 
 
 def _checked_text(path: pathlib.Path, line: int, column: str, value: Any) -> str:

@@ -34,13 +34,13 @@ class Checkpoint(Mapping[str, np.ndarray]):
         for file, expected in _files(folder).items():
             reader = _open(folder / file)
             held = list(reader.keys())
-            absent = sorted(set(expected or held) - set(held))
+            absent = sorted(set(expected) - set(held))
             if absent:
                 raise ValueError(
                     f'{folder / file} must hold the tensors that {_INDEX} lists for it; absent: '
                     f'{absent[:5]} ({len(absent)} in all). Download the folder again.'
                 )
-            self._readers.update(dict.fromkeys(expected or held, reader))
+            self._readers.update(dict.fromkeys(held, reader))
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._readers[name].get_tensor(name)
@@ -89,18 +89,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _files(folder: pathlib.Path) -> dict[str, list[str] | None]:
-    """File name -> the tensors to take from it; None is all of them."""
+def _files(folder: pathlib.Path) -> dict[str, list[str]]:
+    """File name -> the tensors that the index lists for it (none, where there is no index)."""
     if (folder / _SINGLE).is_file():
-        return {_SINGLE: None}
+        return {_SINGLE: []}
     if (folder / _INDEX).is_file():
-        shards: dict[str, list[str] | None] = {}
+        shards: dict[str, list[str]] = {}
         weight_map = read_json(folder / _INDEX).get('weight_map')
         if not isinstance(weight_map, dict):
             raise ValueError(f"{folder / _INDEX} must hold an object 'weight_map'.")
         for name, file in weight_map.items():
-            shards.setdefault(file, [])
-            shards[file].append(name)  # pyright: ignore[reportOptionalMemberAccess]
+            if pathlib.Path(file).name != file:
+                raise ValueError(
+                    f'{folder / _INDEX} names the shard {file!r}: shards must lie beside it.'
+                )
+            shards.setdefault(file, []).append(name)
         return shards
     pickled = sorted({path.name for pattern in _PICKLED for path in folder.glob(pattern)})
     if pickled:

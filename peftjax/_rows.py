@@ -1,0 +1,78 @@
+"""Virtual tokens at one place: the first or last rows of an output are overwritten."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax._method import At, OutputRule
+from peftjax._sites import Site
+from peftjax._standin import StandIn, place
+from peftjax._types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(OutputRule):
+    """Overwrites rows of an output along its dimension of tokens.
+
+    Attributes:
+      axis: that dimension.
+      side: `front` or `back`.
+      offset: rows of other methods between these and the edge.
+    """
+
+    axis: int
+    side: str
+    offset: int
+
+    def fits(self, at: At) -> bool:
+        """The rows cover the outputs whole."""
+        return at.produced('rows')
+
+    def post(self, at: At, x: Array, y: Array) -> Array:
+        """Overwrites."""
+        del x
+        factor = at.view.factors['rows'].astype(y.dtype)
+        rows = jax.vmap(lambda f: at.use.on_output(y, f), in_axes=-1)(factor)
+        rows = jnp.moveaxis(jnp.squeeze(rows, self.axis + 1), 0, self.axis)
+        count = rows.shape[self.axis]
+        shape = [count if d == self.axis else n for d, n in enumerate(y.shape)]
+        start = self.offset if self.side == 'front' else y.shape[self.axis] - count - self.offset
+        rows = jnp.broadcast_to(rows, shape)
+        return lax.dynamic_update_slice_in_dim(y, rows, start, self.axis)
+
+
+def rows_view(site: Site, w: Any, rows: Array, side: str) -> StandIn:
+    """A stand-in that overwrites rows: `(*stack, count, *out)`."""
+    rows = jnp.moveaxis(rows, len(site.stack), -1)
+    axes = (*site.stack, *site.outputs)
+    assert site.tokens is not None
+    rule = Rows(site.tokens, side, site.offset)
+    return StandIn.over(
+        site, w, {'rows': place(rows, axes, site.rank)}, {'rows': frozenset(axes)}, rule
+    )
+
+
+def need_tokens(site: Site, who: str) -> None:
+    """Refuses a site whose output does not grow with the tokens.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if site.tokens is None:
+        raise ValueError(
+            f'{who} acts where tokens are; the output of {site.path!r}, {site.output}, does not grow '
+            'with the token argument. Leave it out of the target, or set tokens'
+        )
+
+
+def check_virtual(method: Any) -> None:
+    """Refuses fields out of range."""
+    name = type(method).__name__
+    length = method.length
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(f'{name}: length must be a positive integer; got {length!r}')
+    if method.side not in ('front', 'back'):
+        raise ValueError(f"{name}: side must be 'front' or 'back'; got {method.side!r}")

@@ -1,0 +1,151 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al. 2024, arXiv:2402.09353)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peftjax._lowrank import (
+    LowRank,
+    check_low_rank,
+    dropout_factor,
+    fresh_pair,
+    pair_factors,
+    scale_of,
+)
+from peftjax._method import At, Method, Rule
+from peftjax._sites import Site
+from peftjax._standin import StandIn, place
+from peftjax._types import Array, Path, Phi
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dora(Method):
+    """Splits a weight into magnitude and direction: `m * v / norm(v)`, `v = w + scale * a @ b`.
+
+    The norm is taken over the inputs of each output and counts as a constant for gradients
+    (section 4.3 of the paper). It is computed from `w`, `a` and `b` without forming `v`.
+
+    Attributes:
+      target: regex, or several, searched in paths.
+      rank: inner width of the product.
+      alpha: the product is scaled by `alpha / rank`; `None` stands for `rank`.
+      rank_stabilized: scale by `alpha / sqrt(rank)` instead.
+      dropout: probability with which the input of the low-rank path is dropped, where the
+        forward is given a `dropout_key`.
+      ranks: other ranks for some paths, `((pattern, rank), …)`.
+      alphas: other alphas for some paths, likewise.
+      dtype: of phi.
+
+    Shapes: `a: (*stack, *in, rank)`, `b: (*stack, rank, *out)`, `m: (*stack, *out)`. At init
+    `m = norm(w)` and `b = 0`: the model equals the base up to rounding of the norm.
+
+    Raises:
+      ValueError: as `Lora`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax as pj
+      >>> params = {'up': {'kernel': jnp.ones((3, 4))}}
+      >>> peft = pj.attach(
+      ...     pj.Dora(rank=2, target='kernel'),
+      ...     lambda p, x: x @ p['up']['kernel'], params, jnp.ones((5, 3)))
+      >>> jax.tree.map(jnp.shape, peft.init(jax.random.key(0), params))
+      {'up/kernel': {'a': (3, 2), 'b': (2, 4), 'm': (4,)}}
+
+    Reference: Liu et al. 2024, equation 5.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    dtype: str = 'float32'
+
+    kinds: ClassVar[tuple[str, ...]] = ('linear', 'expert', 'embedding', 'convolution', 'other')
+    seam: ClassVar[str] = 'weight'
+    identity: ClassVar[str] = 'rounding'
+    mergeable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_low_rank(self)
+
+    def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
+        """See `Method`; the magnitudes are read from the weights."""
+        phi = {}
+        for site in sites:
+            pair = fresh_pair(self, key, site)
+            norm = jnp.sqrt(_square(params[site.path], site)).astype(self.dtype)
+            phi[site.path] = {**pair, 'm': norm}
+        return phi
+
+    def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
+        """See `Method`."""
+        scale = scale_of(self, site)
+        factors, spans = pair_factors(site, phi)
+        norm = _norm(w.dense() if isinstance(w, StandIn) else w, phi, site, scale)
+        made = (*site.stack, *site.outputs)
+        factors['gain'] = place(phi['m'] / norm, made, site.rank)
+        spans['gain'] = frozenset(made)
+        dropout = dropout_factor(self.dropout, key, site, factors, spans)
+        return StandIn.over(site, w, factors, spans, Decomposed(LowRank(scale, dropout)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposed(Rule):
+    """`gain * (x @ w + scale * (x @ a) @ b)`."""
+
+    direction: LowRank
+
+    def fits(self, at: At) -> bool:
+        """As the low-rank product."""
+        return self.direction.fits(at)
+
+    def pre(self, at: At, x: Array) -> Array:
+        """In a transposed use (a tied head) the gain lies along the input."""
+        if at.produced('gain'):
+            return x
+        return x * at.on_input(x, 'gain')
+
+    def post(self, at: At, x: Array, y: Array) -> Array:
+        """Adds the low-rank path and applies the gain."""
+        if not at.produced('gain'):
+            return self.direction.post(at, self.pre(at, x), y)
+        y = self.direction.post(at, x, y)
+        return y * at.on_output(y, 'gain')
+
+    def dense(self, view: StandIn, w: Array) -> Array:
+        """`gain * (w + scale * a @ b)`."""
+        return view.factors['gain'].astype(w.dtype) * self.direction.dense(view, w)
+
+
+def _letters(site: Site) -> tuple[str, str, str, str]:
+    names = 'abcdefghijklmnopq'[: site.rank]
+    pick = lambda axes: ''.join(names[axis] for axis in axes)
+    return names, pick(site.stack), pick(site.inputs), pick(site.outputs)
+
+
+def _square(w: Array, site: Site) -> Array:
+    """Squared norm of each output's weights: `(*stack, *out)`, in float32."""
+    names, stack, _, out = _letters(site)
+    return _sum(f'{names},{names}->{stack}{out}', w, w)
+
+
+def _norm(w: Array, phi: Phi, site: Site, scale: float) -> Array:
+    """Norm of `w + scale * a @ b` over the inputs, from products of the size of the factors."""
+    names, stack, ins, out = _letters(site)
+    w, a, b = (jax.lax.stop_gradient(x) for x in (w, phi['a'], phi['b']))
+    both = f'{stack}{out}'
+    wa = _sum(f'{names},{stack}{ins}r->{stack}r{out}', w, a.astype(w.dtype))
+    aa = _sum(f'{stack}{ins}r,{stack}{ins}s->{stack}rs', a, a)
+    cross = _sum(f'{stack}r{out},{stack}r{out}->{both}', wa, b)
+    inner = _sum(f'{stack}rs,{stack}s{out}->{stack}r{out}', aa, b)
+    low = _sum(f'{stack}r{out},{stack}r{out}->{both}', inner, b)
+    return jnp.sqrt(_square(w, site) + 2 * scale * cross + scale**2 * low)
+
+
+def _sum(spec: str, *terms: Array) -> Array:
+    return jnp.einsum(spec, *terms, preferred_element_type=jnp.float32)
