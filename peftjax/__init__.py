@@ -5,6 +5,9 @@ from peftjax._attach import attach as attach
 from peftjax._attach import sites as sites
 from peftjax._chain import Chain as Chain
 from peftjax._chain import chain as chain
+from peftjax._method import Method as Method
+from peftjax._sites import Site as Site
+from peftjax._sites import Sites as Sites
 from peftjax.methods.adapter import HOULSBY as HOULSBY
 from peftjax.methods.adapter import PARALLEL as PARALLEL
 from peftjax.methods.adapter import PFEIFFER as PFEIFFER
@@ -19,6 +22,9 @@ from peftjax.methods.prefix import PrefixTuning as PrefixTuning
 from peftjax.methods.prompt import PromptTuning as PromptTuning
 from peftjax.methods.trainable import Trainable as Trainable
 from peftjax.optim import masked_optimizer as masked_optimizer
+from peftjax.train import TrainState as TrainState
+from peftjax.train import start as start
+from peftjax.train import train_step as train_step
 from peftjax.wrap import Forward as Forward
 from peftjax.wrap import Wrapped as Wrapped
 from peftjax.wrap import adapter_wrap as adapter_wrap

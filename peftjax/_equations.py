@@ -43,7 +43,7 @@ def layout(
       The operation, or `None` if it is not one of layout.
     """
     match name:
-        case _ if name in KEEPS:
+        case _ if name in KEEPS and not index:
             return _layout.same(dims)
         case 'transpose':
             return _layout.transpose(dims, params['permutation'])
@@ -92,33 +92,31 @@ def back_and_forth(
 
 def use(
     name: str, params: Any, position: int, operands: Sequence[Any], run: Callable[..., Array]
-) -> tuple[_use.Use, Any] | None:
+) -> _use.Use | None:
     """The geometry of an equation that uses the operand at `position` as its weight.
 
     Args:
       name: of the primitive.
       params: of the equation.
       position: which operand is the weight.
-      operands: all of them.
+      operands: all of them, arrays or stand-ins.
       run: the equation: `run(x, w) -> y`.
 
     Returns:
-      The use and its input `x`, or `None` if the equation is not linear in the weight, or in a
-      form that only the dense weight serves.
+      The use, or `None` if the equation is not linear in the weight, or in a form that only the
+      dense weight serves.
     """
     w = operands[position]
     match name, position:
         case 'dot_general', _:
-            return _dot(params, position, w, run), operands[1 - position]
+            return _dot(params, position, w, run)
         case 'gather', 0:
-            found = _gather(params, w, run)
+            return _gather(params, operands, run)
         case 'conv_general_dilated', 1:
-            found = _conv(params, w, run)
+            return _conv(params, w, run)
         case 'ragged_dot_general', 1:
-            found = _ragged(params, operands, run)
-        case _:
-            found = None
-    return found and (found, operands[1 if position == 0 else 0])
+            return _ragged(params, operands, run)
+    return None
 
 
 def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _use.Dot:
@@ -127,7 +125,7 @@ def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _use.
     taken = (*contract[mine], *batch[mine])
     return _use.Dot(
         run=run,
-        kind='expert' if batch[mine] else 'linear',
+        kind='expert' if any(w.dims[d] for d in batch[mine]) else 'linear',
         contract=tuple(contract[mine]),
         batch=tuple(batch[mine]),
         free=tuple(d for d in range(len(w.shape)) if d not in taken),
@@ -139,17 +137,32 @@ def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _use.
     )
 
 
-def _gather(params: Any, w: Any, run: Callable[..., Array]) -> _use.Gather | None:
-    numbers = params['dimension_numbers']
-    rows = tuple(numbers.start_index_map)
-    plain = len(rows) == 1 and rows == tuple(numbers.collapsed_slice_dims)
-    free = tuple(d for d in range(len(w.shape)) if d not in rows)
-    whole = all(params['slice_sizes'][d] == w.shape[d] for d in free)
-    if not plain or numbers.operand_batching_dims or not whole:
+def _gather(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> _use.Gather | None:
+    w, x = operands
+    numbers, sizes = params['dimension_numbers'], params['slice_sizes']
+    rank = len(w.shape)
+    batch = tuple(numbers.operand_batching_dims)
+    rows = tuple(
+        d
+        for d in range(rank)
+        if d not in batch and (d in numbers.collapsed_slice_dims or sizes[d] != w.shape[d])
+    )
+    if not rows or any(sizes[d] != 1 for d in rows):
         return None
-    offset = tuple(numbers.offset_dims)
+    free = tuple(d for d in range(rank) if d not in (*rows, *batch))
+    sliced = [d for d in range(rank) if d not in (*numbers.collapsed_slice_dims, *batch)]
+    offset = dict(zip(sliced, numbers.offset_dims, strict=True))
+    around = [d for d in range(len(x.shape) - 1 + len(sliced)) if d not in numbers.offset_dims]
     return _use.Gather(
-        run, 'embedding', rows, (), free, offset, params['mode'], params['fill_value']
+        run=run,
+        kind='embedding',
+        contract=rows,
+        batch=batch,
+        free=free,
+        numbers=numbers,
+        mode=params['mode'],
+        offset=tuple(offset[d] for d in free),
+        paired=tuple(around[d] for d in numbers.start_indices_batching_dims),
     )
 
 

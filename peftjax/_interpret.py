@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import _equations, _paths
 from peftjax._method import At, Rule
-from peftjax._record import Recorder
+from peftjax._record import ELEMENTWISE, Recorder
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path
 from peftjax._use import Named
@@ -101,7 +101,7 @@ def evaluate(
     closed = jax.make_jaxpr(fn)(*(_bottom(value) for value in arguments))
     run = dataclasses.replace(run, places=_numbered(_names(closed.jaxpr)))
     frame = _Frame(closed.jaxpr, closed.consts, run, 0)
-    return [_plain(out) for out in frame.run(arguments)]
+    return [frame.array(out, 'is an output') for out in frame.run(arguments)]
 
 
 def _numbered(names: Sequence[str]) -> tuple[Path, ...]:
@@ -120,11 +120,6 @@ def _bottom(value: Any) -> Any:
 
 def _settled(value: Any) -> Any:
     return value.resolve() if isinstance(value, Pending) else value
-
-
-def _plain(value: Any) -> Any:
-    value = _settled(value)
-    return value.dense() if isinstance(value, StandIn) else value
 
 
 def _names(jaxpr: Any) -> list[str]:
@@ -197,12 +192,14 @@ class _Frame:
             self.env[var] = value = value.resolve()
         return value
 
-    def densely(self, var: Any, primitive: str) -> Any:
-        """The same; a stand-in gives its dense weight, and says so."""
-        value = self.settle(var)
+    def array(self, value: Any, why: str) -> Any:
+        """A value as an array; a stand-in gives its dense weight, and says why."""
+        value = _settled(value)
         if not isinstance(value, StandIn):
             return value
-        self.serve(value, f'dense: enters {primitive}')
+        if isinstance(value.rule, Recorder):
+            value.rule.elsewhere(value, why, value.shape)
+        self.serve(value, f'dense: {why}')
         return value.dense()
 
     def serve(self, view: Any, how: str) -> None:
@@ -247,14 +244,18 @@ class _Frame:
 
     def _as_arrays(self, eqn: Any) -> Sequence[Any]:
         """An equation that only knows arrays."""
-        name, recorder = eqn.primitive.name, self.ctx.recorder
-        if recorder is not None:
-            for var in eqn.invars:
-                value = self.settle(var)
-                if isinstance(value, StandIn):
-                    recorder.elsewhere(value, name, eqn.outvars[0].aval.shape)
-        outs = _bind(eqn, [self.densely(v, name) for v in eqn.invars])
+        name = eqn.primitive.name
+        values = [self.settle(v) for v in eqn.invars]
+        outs = _bind(eqn, [self._operand(value, eqn) for value in values])
         return [self._name(outs[0])] if name == 'name' else outs
+
+    def _operand(self, value: Any, eqn: Any) -> Any:
+        """An operand of an equation that only knows arrays."""
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        if isinstance(value, StandIn) and isinstance(value.rule, Recorder):
+            if value.rule.elementwise(value, name, shape):
+                return value.dense()
+        return self.array(value, f'enters {name}')
 
     def _name(self, value: Array) -> Any:
         """A named value, adapted where it is a site."""
@@ -272,6 +273,8 @@ class _Frame:
 
     def _move(self, eqn: Any) -> Sequence[Any] | None:
         """A layout operation on a stand-in or on a pending output."""
+        if (shifted := self._shifted(eqn)) is not None:
+            return shifted
         name = eqn.primitive.name
         first = self.read(eqn.invars[0])
         if isinstance(first, Pending):
@@ -287,16 +290,22 @@ class _Frame:
             return None
         if name == 'split':
             return self._split(eqn, first)
-        if self._shifted(eqn, first):
-            return [first.move(_equations.same(first.dims), lambda w: _bind(eqn, [w, *index])[0])]
         layout = _equations.layout(name, eqn.params, first.dims, first.shape, index)
         moved = layout and first.move(layout, lambda w: _bind(eqn, [w, *index])[0])
         return moved and [moved]
 
-    def _shifted(self, eqn: Any, view: StandIn) -> bool:
+    def _shifted(self, eqn: Any) -> Sequence[Any] | None:
         """While sites are discovered, `1 + w` still counts as the leaf."""
-        scalars = len(eqn.invars) == 2 and not eqn.invars[1].aval.shape
-        return self.ctx.recorder is not None and eqn.primitive.name in ('add', 'mul') and scalars
+        name, values = eqn.primitive.name, [self.read(v) for v in eqn.invars]
+        views = [i for i, value in enumerate(values) if isinstance(value, StandIn)]
+        if self.ctx.recorder is None or name not in ELEMENTWISE or len(views) != 1:
+            return None
+        (i,) = views
+        view, other = values[i], self.settle(eqn.invars[1 - i])
+        if not view.shape or jnp.shape(other):
+            return None
+        (w,) = _bind(eqn, [view.w, other] if i == 0 else [other, view.w])
+        return [dataclasses.replace(view, w=w, rule=view.rule.within(f'enters {name}'))]
 
     def _split(self, eqn: Any, view: StandIn) -> Sequence[Any] | None:
         parts = []
@@ -317,42 +326,38 @@ class _Frame:
             at.view.path for at, _, _ in left.steps
         }:
             return None
-        if self.ctx.recorder is not None:
-            if not any(_same_size(at, right) for at, _, _ in left.steps):
+        if isinstance(right.rule, Recorder):
+            fits = any(_same_size(at, right) for at, _, _ in left.steps)
+            if not fits or not right.rule.elementwise(right, 'add', left.value.shape):
                 return None
-            self.ctx.recorder.elsewhere(right, 'add', left.value.shape)
-        (value,) = _bind(eqn, [left.value, _plain(right)])
+        (value,) = _bind(eqn, [left.value, right.dense()])
         return [dataclasses.replace(left, value=value, bias=(*left.bias, right.path))]
 
     def _use(self, eqn: Any) -> Sequence[Any] | None:
         """The linear use of a weight."""
         values = [self.settle(v) for v in eqn.invars]
-        places = [i for i, value in enumerate(values) if isinstance(value, StandIn)]
-        places.sort(key=lambda i: isinstance(values[i].rule, Companion))
-        position = places[0] if places else None
-        if position is None or isinstance(values[position].rule, Companion):
+        uses = [use for i in range(len(values)) if (use := self._used(eqn, values, i)) is not None]
+        if not uses:
             return None
-        name, view = eqn.primitive.name, values[position]
+        (use, x, view), *others = uses
+        if self.ctx.recorder is None:
+            x = self.array(x, 'meets another adapted weight')
+            return [self._consume(use, x, view)]
+        steps = tuple((At(use, view, self.source), x, view.rule) for use, x, view in uses)
+        return [Pending(use.run(_bottom(x), _bottom(view)), steps)]
+
+    def _used(self, eqn: Any, values: Sequence[Any], position: int) -> tuple[Any, Any, Any] | None:
+        """The use of one operand as the weight, its input, and the operand."""
+        view, other = values[position], 1 if position == 0 else 0
+        if not isinstance(view, StandIn) or isinstance(view.rule, Companion):
+            return None
 
         def run(x: Any, w: Any) -> Array:
-            other = 1 if position == 0 else 0
-            return _bind(eqn, [{position: w, other: x}.get(i, v) for i, v in enumerate(plain)])[0]
+            new = {position: w, other: x}
+            return _bind(eqn, [new.get(i, value) for i, value in enumerate(values)])[0]
 
-        plain = [v if i == position else self.densely_value(v, name) for i, v in enumerate(values)]
-        found = _equations.use(name, eqn.params, position, plain, run)
-        if found is None:
-            return None
-        use, x = found
-        return [self._consume(use, x, view)]
-
-    def densely_value(self, value: Any, primitive: str) -> Any:
-        """A value as an array; a stand-in that meets another one is dense."""
-        if not isinstance(value, StandIn):
-            return value
-        if self.ctx.recorder is not None:
-            self.ctx.recorder.elsewhere(value, primitive, value.shape)
-        self.serve(value, 'dense: meets another adapted weight')
-        return value.dense()
+        use = _equations.use(eqn.primitive.name, eqn.params, position, values, run)
+        return use and (use, values[other], view)
 
     def _consume(self, use: Any, x: Any, w: Any) -> Any:
         """What an equation yields when a stand-in, perhaps over others, is its weight."""
@@ -360,7 +365,7 @@ class _Frame:
             return use.run(x, w)
         at = At(use, w, self.source)
         if not w.rule.fits(at):
-            self.serve(w, 'dense: an axis is split between input and output')
+            self.serve(w, 'dense: its factors do not lie along this use')
             return use.run(x, w.dense())
         self.serve(dataclasses.replace(w, w=None), 'efficient')
         y = self._consume(use, w.rule.pre(at, x), w.w)
@@ -401,7 +406,9 @@ class _Frame:
     def _raw(self, var: Any) -> Array:
         """A value as the untouched model has it at this moment."""
         value = self.env[var]
-        return value.value if isinstance(value, Pending) else _plain(value)
+        if isinstance(value, Pending):
+            return value.value
+        return value.dense() if isinstance(value, StandIn) else value
 
     # Control flow -------------------------------------------------------------------------------
 
@@ -459,7 +466,9 @@ def _scan(frame: _Frame, eqn: Any) -> Sequence[Any]:
         whole = [kept.get(i, value) for i, value in enumerate(carry)]
         inside = dataclasses.replace(run, named=named)
         outs = frame.enter(jaxpr, [*consts, *whole, *xs], frame.place, inside)
-        outs = [_plain(out) if i not in kept else carry[i] for i, out in enumerate(outs)]
+        outs = [
+            carry[i] if i in kept else frame.array(o, 'leaves scan') for i, o in enumerate(outs)
+        ]
         return outs[:n_carry], outs[n_carry:]
 
     how = {'length': length, 'reverse': params['reverse'], 'unroll': params['unroll']}
@@ -490,7 +499,7 @@ def _carried(
         if isinstance(value, StandIn) and unchanged:
             kept[i], value = value, jnp.zeros(())
         elif isinstance(value, StandIn):
-            value = frame.densely(var, eqn.primitive.name)
+            value = frame.array(value, f'enters {eqn.primitive.name}')
         carry.append(value)
     return carry, kept
 
@@ -510,11 +519,13 @@ def _while(frame: _Frame, eqn: Any) -> Sequence[Any]:
 
     def cond(carry: Sequence[Any]) -> Any:
         (out,) = frame.enter(cond_jaxpr, [*cond_consts, *whole(carry)], cond_place)
-        return _plain(out)
+        return frame.array(out, 'leaves while')
 
     def body(carry: Sequence[Any]) -> Sequence[Any]:
         outs = frame.enter(body_jaxpr, [*body_consts, *whole(carry)], body_place)
-        return [_plain(out) if i not in kept else carry[i] for i, out in enumerate(outs)]
+        return [
+            carry[i] if i in kept else frame.array(o, 'leaves while') for i, o in enumerate(outs)
+        ]
 
     return whole(lax.while_loop(cond, body, carry))
 
@@ -531,7 +542,9 @@ def _cond(frame: _Frame, eqn: Any) -> Sequence[Any]:
     starts = _places(frame, branches)
 
     def branch(jaxpr: Any, place: int) -> Callable[..., Sequence[Any]]:
-        return lambda *values: [_plain(out) for out in frame.enter(jaxpr, values, place)]
+        return lambda *values: [
+            frame.array(out, 'leaves cond') for out in frame.enter(jaxpr, values, place)
+        ]
 
     bodies = [branch(*pair) for pair in zip(branches, starts, strict=True)]
     return lax.switch(index, bodies, *values)
@@ -545,12 +558,18 @@ def _custom(frame: _Frame, eqn: Any) -> Sequence[Any]:
         inside = frame.within(eqn)
         for view in inside.values():
             raise ValueError(f'{view.path!r} is named inside a {name}: it cannot be adapted there')
-        return _bind(eqn, [frame.densely(v, name) for v in eqn.invars])
-    before, recorder.opaque = recorder.opaque, recorder.opaque or f'inside {name}'
+        return _bind(eqn, [frame.array(frame.settle(v), f'enters {name}') for v in eqn.invars])
+    inside = f'inside {name}'
     values = [frame.settle(v) for v in eqn.invars]
-    outs = [_plain(out) for out in frame.enter(eqn.params['call_jaxpr'], values, frame.place)]
-    recorder.opaque = before
-    return outs
+    values = [
+        dataclasses.replace(value, rule=value.rule.within(inside))
+        if isinstance(value, StandIn)
+        else value
+        for value in values
+    ]
+    run = dataclasses.replace(frame.ctx, recorder=recorder.within(inside))
+    outs = frame.enter(eqn.params['call_jaxpr'], values, frame.place, run)
+    return [frame.array(out, inside) for out in outs]
 
 
 def _shard_map(frame: _Frame, eqn: Any) -> Sequence[Any]:
@@ -569,7 +588,8 @@ def _shard_map(frame: _Frame, eqn: Any) -> Sequence[Any]:
     ]
 
     def body(*values: Any) -> tuple[Any, ...]:
-        return tuple(_plain(out) for out in frame.enter(params['jaxpr'], values, frame.place))
+        outs = frame.enter(params['jaxpr'], values, frame.place)
+        return tuple(frame.array(out, 'leaves shard_map') for out in outs)
 
     mapped = jax.shard_map(
         body,

@@ -68,8 +68,8 @@ def patterns(target: Target) -> tuple[str, ...]:
 def matches(pattern: str, path: Path) -> bool:
     """Whether a pattern finds a path; a named value is found only by a pattern that begins `@`."""
     if path.startswith('@') or pattern.startswith('@'):
-        whole = re.fullmatch(pattern[1:] + r'(/\d+)?', path[1:])
-        return pattern.startswith('@') and path.startswith('@') and whole is not None
+        both = path.startswith('@') and pattern.startswith('@')
+        return both and re.fullmatch(rf'({pattern[1:]})(/\d+)?', path[1:]) is not None
     return re.search(pattern, path) is not None
 
 

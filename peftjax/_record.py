@@ -21,7 +21,7 @@ class Recorder(Rule):
     Attributes:
       shapes: of the leaves, by path.
       sites: what was found, in order.
-      opaque: why nothing here may take the efficient path, else empty.
+      opaque: why nothing that is noted may take the efficient path, else empty.
     """
 
     deferred = True
@@ -29,6 +29,10 @@ class Recorder(Rule):
     shapes: dict[Path, tuple[int, ...]]
     sites: dict[Site, None] = dataclasses.field(default_factory=dict)
     opaque: str = ''
+
+    def within(self, opaque: str) -> 'Recorder':
+        """Notes the same sites, where the efficient path is closed."""
+        return dataclasses.replace(self, opaque=self.opaque or opaque)
 
     def post(self, at: At, x: Array, y: Array) -> Array:
         """Notes a use."""
@@ -43,12 +47,18 @@ class Recorder(Rule):
         del view
         return w
 
-    def elsewhere(self, view: StandIn, primitive: str, output: tuple[int, ...]) -> None:
-        """Notes a use that is not linear in the weight."""
-        kind = ELEMENTWISE.get(primitive, 'other')
-        why = self.opaque or (f'enters {primitive}' if kind == 'other' else '')
-        made = range(len(view.dims)) if kind != 'other' else ()
-        self._note(view, kind, (), made, (), output, why)
+    def elementwise(self, view: StandIn, primitive: str, output: tuple[int, ...]) -> bool:
+        """Notes a bias or a scale, if it is one: a leaf that is repeated, or has but one axis."""
+        repeated = any(n > 1 and not label for n, label in zip(view.shape, view.dims, strict=True))
+        vector = sum(n > 1 for n in view.shape) <= 1
+        if primitive not in ELEMENTWISE or not (repeated or vector):
+            return False
+        self._note(view, ELEMENTWISE[primitive], (), range(len(view.dims)), (), output, '')
+        return True
+
+    def elsewhere(self, view: StandIn, why: str, output: tuple[int, ...]) -> None:
+        """Notes that only the dense leaf will do."""
+        self._note(view, 'other', (), (), (), output, self.opaque or why)
 
     def named(self, path: Path, value: Array, stack: tuple[int, ...]) -> None:
         """Notes a named value; its last dimension counts as its outputs."""
@@ -118,4 +128,5 @@ def distinct(recorder: Recorder) -> tuple[Site, ...]:
     uses = Counter(site.path for site in found.values())
     order = {path: i for i, path in enumerate(recorder.shapes)}
     sites = [dataclasses.replace(s, shared=uses[s.path] > 1) for s in found.values()]
-    return tuple(sorted(sites, key=lambda site: order.get(site.path, len(order))))
+    # of several uses of a leaf the first counts: one that tells the meaning of its axes
+    return tuple(sorted(sites, key=lambda s: (order.get(s.path, len(order)), bool(s.dense))))

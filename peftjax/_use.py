@@ -73,7 +73,7 @@ class Use(abc.ABC):
         """The dimensions of `y` that the weight produced."""
 
     def summed(self, full: Full) -> bool:
-        """Whether a factor has just the dimensions that `down` needs."""
+        """Whether a factor has just the dimensions that `down` needs, batches apart."""
         return self._covers(full, self.contract, self.free)
 
     def produced(self, full: Full) -> bool:
@@ -81,7 +81,7 @@ class Use(abc.ABC):
         return self._covers(full, self.free, self.contract)
 
     def _covers(self, full: Full, yes: tuple[int, ...], no: tuple[int, ...]) -> bool:
-        return all(full[d] for d in (*yes, *self.batch)) and not any(full[d] for d in no)
+        return all(full[d] for d in yes) and not any(full[d] for d in no)
 
 
 def pick(f: Array, dims: Sequence[int], rank: int) -> Array:
@@ -91,6 +91,11 @@ def pick(f: Array, dims: Sequence[int], rank: int) -> Array:
     moved = jnp.transpose(f, order)
     kept = len(dims)
     return jnp.reshape(moved, (*moved.shape[:kept], *moved.shape[rank:]))
+
+
+def _spread(f: Array, batch: tuple[int, ...]) -> Array:
+    """A factor that some batch dimensions share, repeated along them."""
+    return jnp.broadcast_to(f, (*batch, *f.shape[len(batch) :]))
 
 
 def product(x: Array, f: Array, numbers: Any, out: tuple[Any, ...] | None, **how: Any) -> Array:
@@ -131,8 +136,9 @@ class Dot(Use):
 
     def down(self, x: Array, f: Array) -> Array:
         """See `Use`."""
-        f = pick(f, (*self.batch, *self.contract), self._rank)
         n = len(self.batch)
+        f = pick(f, (*self.batch, *self.contract), self._rank)
+        f = _spread(f, tuple(x.shape[d] for d in self.x_batch))
         numbers = (
             (self.x_contract, tuple(range(n, n + len(self.contract)))),
             (self.x_batch, tuple(range(n))),
@@ -145,7 +151,7 @@ class Dot(Use):
     def up(self, h: Array, f: Array) -> Array:
         """See `Use`."""
         n = len(self.batch)
-        f = pick(f, (*self.batch, *self.free), self._rank)
+        f = _spread(pick(f, (*self.batch, *self.free), self._rank), h.shape[:n])
         paired = tuple(range(n))
         numbers = (((h.ndim - 1,), (f.ndim - 1,)), (paired, paired))
         how = {'precision': self.precision, 'preferred_element_type': self.wide}
@@ -157,8 +163,8 @@ class Dot(Use):
 
     def read(self, y: Array, f: Array) -> Array:
         """See `Use`."""
-        f = pick(f, (*self.batch, *self.free), self._rank)
         n = len(self.batch)
+        f = _spread(pick(f, (*self.batch, *self.free), self._rank), y.shape[:n])
         made = tuple(range(n, n + len(self.free)))
         numbers = ((self.outputs(y), made), (tuple(range(n)), tuple(range(n))))
         spec = placement(y)
@@ -196,52 +202,70 @@ def _align(f: Array, dims: tuple[int, ...], rank: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Gather(Use):
-    """A lookup of rows: `x` holds indices, with a last dimension of size one.
+    """A lookup: `x` holds the indices, and whole slices along the free dimensions are found.
 
     Attributes:
-      offset: the dimensions of `y` that hold the looked-up slice.
+      numbers: of the equation.
       mode: what happens to indices out of bounds.
-      fill: the value in their place, where the mode fills.
+      offset: the dimensions of `y` that the free dimensions make, in their order.
+      paired: the dimensions of `y` that go with the weight's batch dimensions.
     """
 
-    offset: tuple[int, ...]
+    numbers: lax.GatherDimensionNumbers
     mode: Any
-    fill: Any
+    offset: tuple[int, ...]
+    paired: tuple[int, ...]
 
     @property
     def _rank(self) -> int:
-        return 1 + len(self.free)
+        return len(self.contract) + len(self.batch) + len(self.free)
+
+    def _hidden(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Where dimensions of `y` lie in `h`."""
+        return tuple(d - sum(made < d for made in self.offset) for d in dims)
 
     def down(self, x: Array, f: Array) -> Array:
-        """See `Use`."""
-        rows = pick(f, self.contract, self._rank)
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=(x.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
-        )
-        sizes = (1, rows.shape[1])
-        return lax.gather(rows, x, numbers, sizes, mode=self.mode, fill_value=self.fill)
+        """See `Use`; the same lookup in the factor, whose slices are its ranks."""
+        rank = x.ndim - 1 + len(self.numbers.offset_dims)
+        numbers = self.numbers._replace(offset_dims=(*self.numbers.offset_dims, rank))
+        sizes = (*(1,) * self._rank, f.shape[-1])
+        # what is out of bounds is not in the weight, whatever the equation fills it with
+        h = lax.gather(f, x, numbers, sizes, mode=self.mode, fill_value=0)
+        return jnp.squeeze(h, self.offset)
 
     def up(self, h: Array, f: Array) -> Array:
         """See `Use`."""
-        f = pick(f, self.free, self._rank)
-        y = product(
-            h,
-            f,
-            (((h.ndim - 1,), (f.ndim - 1,)), ((), ())),
-            (*placement(h)[:-1], *placement(f)[:-1]),
-        )
-        return jnp.moveaxis(y, tuple(range(h.ndim - 1, y.ndim)), self.offset)
+        f = _spread(pick(f, (*self.batch, *self.free), self._rank), self._sizes(h))
+        n, (*spots, last) = len(self.batch), range(h.ndim)
+        paired = self._hidden(self.paired)
+        numbers = (((last,), (f.ndim - 1,)), (paired, tuple(range(n))))
+        hs, fs = placement(h), placement(f)
+        rest = [d for d in spots if d not in paired]
+        out = (*(hs[d] for d in (*paired, *rest)), *fs[n:-1])
+        y = product(h, f, numbers, out)
+        kept = [d for d in range(y.ndim) if d not in self.offset]
+        order = [*self.paired, *(d for d in kept if d not in self.paired), *self.offset]
+        return jnp.transpose(y, [order.index(d) for d in range(y.ndim)])
+
+    def _sizes(self, h: Array) -> tuple[int, ...]:
+        return tuple(h.shape[d] for d in self._hidden(self.paired))
 
     def read(self, y: Array, f: Array) -> Array:
         """See `Use`."""
-        f = pick(f, self.free, self._rank)
-        made = tuple(range(len(self.free)))
-        rest = [s for d, s in enumerate(placement(y)) if d not in self.offset]
-        return product(y, f, ((self.offset, made), ((), ())), (*rest, None))
+        n = len(self.batch)
+        sizes = tuple(y.shape[d] for d in self.paired)
+        f = _spread(pick(f, (*self.batch, *self.free), self._rank), sizes)
+        numbers = ((self.offset, tuple(range(n, f.ndim - 1))), (self.paired, tuple(range(n))))
+        ys = placement(y)
+        rest = [d for d in range(y.ndim) if d not in (*self.offset, *self.paired)]
+        h = product(y, f, numbers, (*(ys[d] for d in (*self.paired, *rest)), None))
+        order = [*self._hidden((*self.paired, *rest)), h.ndim - 1]
+        return jnp.transpose(h, [order.index(d) for d in range(h.ndim)])
 
     def on_output(self, y: Array, f: Array) -> Array:
         """See `Use`."""
-        return _align(pick(f, self.free, self._rank), self.offset, y.ndim)
+        f = pick(f, (*self.batch, *self.free), self._rank)
+        return _align(f, (*self.paired, *self.offset), y.ndim)
 
     def on_input(self, x: Array, f: Array) -> Array:
         """See `Use`."""
@@ -249,7 +273,8 @@ class Gather(Use):
 
     def on_hidden(self, h: Array, f: Array) -> Array:
         """See `Use`."""
-        return _align(pick(f, (), self._rank), (h.ndim - 1,), h.ndim)
+        f = pick(f, self.batch, self._rank)
+        return _align(f, (*self._hidden(self.paired), h.ndim - 1), h.ndim)
 
     def outputs(self, y: Array) -> tuple[int, ...]:
         """See `Use`."""
@@ -349,7 +374,7 @@ class Ragged(Use):
 
     def _dot(self, x: Array, f: Array, wide: Any = None) -> Array:
         how = {'precision': self.precision, 'preferred_element_type': wide}
-        return lax.ragged_dot(x, f, self.sizes, **how)
+        return lax.ragged_dot(x, _spread(f, self.sizes.shape), self.sizes, **how)
 
     def down(self, x: Array, f: Array) -> Array:
         """See `Use`."""
@@ -364,6 +389,7 @@ class Ragged(Use):
         return self._dot(y, pick(f, (0, 2), 3))
 
     def _rows(self, f: Array, count: int) -> Array:
+        f = _spread(f, self.sizes.shape)
         return jnp.repeat(f, self.sizes, axis=0, total_repeat_length=count)
 
     def on_output(self, y: Array, f: Array) -> Array:

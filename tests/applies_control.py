@@ -4,9 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from applies import APPLIES, Case, X, bare, normal
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from zoo import APPLIES, Case, X, bare, normal
 
 SQUARE = normal(2, 6, 6, fan=6)
 STACK = normal(2, 3, 6, 6, fan=6)
@@ -65,7 +65,8 @@ def scan_carry() -> Case:
     def fn(w, x):
         return lax.scan(step, (0, w, x), None, length=3)
 
-    return bare(fn, SQUARE, X, notes='goes round unchanged; then it is an output')
+    served = ('efficient', 'dense: is an output')
+    return bare(fn, SQUARE, X, served=served, notes='goes round unchanged; then it is returned')
 
 
 @APPLIES

@@ -6,8 +6,8 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from applies import APPLIES, TOKENS, Case, X, normal
 from flax import nnx
+from zoo import APPLIES, TOKENS, Case, X, normal
 
 SEQUENCE = normal(0, 2, 3, 8)
 

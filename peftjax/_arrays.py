@@ -1,0 +1,167 @@
+"""The arrays of phi on disk: written and read by Orbax, compared with what must be there.
+
+Orbax casts in silence and knows neither empty arrays nor dictionaries whose joined keys collide;
+hence arrays are stored flat by path, and shapes and dtypes are compared before anything is read.
+"""
+
+import errno
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import _paths
+from peftjax._manifest import CheckpointError
+from peftjax._types import Phi
+
+Spec = tuple[tuple[int, ...], str]
+
+
+def specs(phi: Any, where: str = 'phi') -> Any:
+    """The tree of phi with `[shape, dtype]` for each array, as JSON keeps it.
+
+    Raises:
+      TypeError: phi is not made of dicts with string keys, and arrays.
+    """
+    if isinstance(phi, Mapping):
+        if not all(isinstance(key, str) for key in phi):
+            raise TypeError(f'the keys of phi must be strings; {where} has {list(phi)!r:.80}')
+        return {key: specs(one, f'{where}/{key}') for key, one in phi.items()}
+    if isinstance(phi, jax.Array | np.ndarray | np.generic):
+        return [list(phi.shape), str(phi.dtype)]
+    raise TypeError(f'phi must be nested dicts of arrays; {where} is {phi!r:.80}')
+
+
+def host(phi: Phi) -> dict[str, np.ndarray]:
+    """The arrays of phi by path, in host memory."""
+    return {path: np.asarray(leaf) for path, leaf in _paths.leaves(phi).items()}
+
+
+def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
+    """Refuses NaN and Inf, with the paths.
+
+    Raises:
+      ValueError: an array holds a value that is not finite.
+    """
+    wrong = []
+    for path, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.inexact):
+            count = int(np.sum(~np.isfinite(array)))
+            wrong += [f'{path!r} ({count} of {array.size} values)'] if count else []
+    if wrong:
+        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
+        raise ValueError(
+            f'{what} must be finite; NaN or Inf in {", ".join(wrong[:10])}{more}. '
+            'Take the last good phi, or pass allow_nonfinite=True'
+        )
+
+
+def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Stores the arrays that have values.
+
+    Raises:
+      OSError: they could not be written.
+    """
+    import orbax.checkpoint as ocp
+
+    filled = {path: array for path, array in arrays.items() if array.size}
+    if not filled:
+        return
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            checkpointer.save(folder, ocp.args.PyTreeSave(filled))
+    except ValueError as error:  # TensorStore's way to report any failure of the disk.
+        raise OSError(errno.EIO, str(error), str(folder)) from error
+
+
+def read(folder: Path, tree: Any) -> Phi:
+    """Restores phi as arrays on the default device.
+
+    Args:
+      folder: as for `write`.
+      tree: as from `specs`.
+
+    Raises:
+      CheckpointError: arrays are missing, unexpected, of another shape or dtype, or unreadable.
+      ValueError: JAX holds no such dtype as it is set up.
+    """
+    want = dict(_flat(tree, ()))
+    filled = {'/'.join(keys): spec for keys, spec in want.items() if math.prod(spec[0])}
+    arrays = _restore(folder, filled) if filled else {}
+    phi: dict[str, Any] = _empty(tree)
+    for keys, (shape, dtype) in want.items():
+        array = jnp.asarray(arrays.get('/'.join(keys), np.zeros(shape, np.dtype(dtype))))
+        if str(array.dtype) != dtype:
+            raise ValueError(
+                f'phi keeps its dtypes; {"/".join(keys)!r} in {str(folder)!r} is {dtype}, which '
+                f"JAX would make {array.dtype}. Call jax.config.update('jax_enable_x64', True)"
+            )
+        home = phi
+        for key in keys[:-1]:
+            home = home[key]
+        home[keys[-1]] = array
+    return phi
+
+
+def _flat(tree: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Spec]]:
+    if isinstance(tree, dict):
+        for key, one in tree.items():
+            yield from _flat(one, (*keys, key))
+    else:
+        shape, dtype = tree
+        yield keys, (tuple(shape), dtype)
+
+
+def _empty(tree: Any) -> dict[str, Any]:
+    return {key: _empty(one) for key, one in tree.items() if isinstance(one, dict)}
+
+
+def _restore(folder: Path, want: Mapping[str, Spec]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    as_stored = {
+        path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(dtype))
+        for path, (_, dtype) in want.items()
+    }
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            have = {path: (tuple(m.shape), str(np.dtype(m.dtype))) for path, m in stored.items()}
+            _compare(folder, want, have)
+            item = dict.fromkeys(want, 0)
+            return checkpointer.restore(
+                folder, ocp.args.PyTreeRestore(item=item, restore_args=as_stored)
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # A file that passed the manifest and still is not Orbax's.
+        raise CheckpointError(
+            f'{str(folder)!r} must hold arrays as Orbax stores them; reading it ended with '
+            f'{type(error).__name__}: {error}. Take another copy, or save it again'
+        ) from error
+
+
+def _compare(folder: Path, want: Mapping[str, Spec], have: Mapping[str, Spec]) -> None:
+    wrong = [f'{path!r} is missing' for path in want if path not in have]
+    wrong += [f'{path!r} is unexpected' for path in have if path not in want]
+    wrong += [
+        f'{path!r} has {have[path]}, not {want[path]}'
+        for path in want
+        if path in have and have[path] != want[path]
+    ]
+    if wrong:
+        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
+        raise CheckpointError(
+            f'{str(folder)!r} must hold the {len(want)} arrays of phi: '
+            f'{"; ".join(wrong[:10])}{more}. Save it again'
+        )
+
+
+def _handler() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)

@@ -1,0 +1,177 @@
+"""Fits one method to the examples of one seed, and measures what it took."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from peftjax import Peft, TrainState, attach, data, start, train_step
+from peftjax.cli._probe import fit_probe
+from peftjax.cli._recipes import HEAD_RATE, Recipe
+from peftjax.cli._task import Task, call, cross_entropy
+
+EVALUATE = 64
+"""Rows of a batch in evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How phi is trained.
+
+    Attributes:
+      epochs: passes over the examples.
+      batch: rows of a step.
+      rate: of the method; `None` for the recipe's own.
+      head_rate: of the classifier.
+      weight_decay: on all that is trained.
+      warmup: the part of the steps over which the rate rises; then it falls to zero.
+      clip: the most that the norm of all gradients may be.
+    """
+
+    epochs: int = 20
+    batch: int = 16
+    rate: float | None = None
+    head_rate: float = HEAD_RATE
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a fit gives.
+
+    Attributes:
+      peft: the plan.
+      phi: the trained parameters.
+      seconds: of training, without compilation.
+      compile_seconds: of compilation.
+      steps: updates made.
+      peak_bytes: arguments and temporaries of the compiled step.
+      losses: of every step.
+    """
+
+    peft: Peft
+    phi: Any
+    seconds: float
+    compile_seconds: float
+    steps: int
+    peak_bytes: int
+    losses: tuple[float, ...]
+
+
+class Fitter:
+    """Fits one recipe to one task; what is compiled serves all seeds."""
+
+    def __init__(self, task: Task, recipe: Recipe, settings: Settings, length: int, steps: int):
+        shape = jax.ShapeDtypeStruct((settings.batch, length), jnp.int32)
+        masks = {'attention_mask': shape, 'pool_mask': shape, 'deterministic': True}
+        self.task, self.recipe, self.settings, self.steps = task, recipe, settings, steps
+        self.peft = attach(recipe.method(), task.apply, task.params, shape, **masks)
+        self.forward = self.peft.wrap(task.apply)
+        self._tx = optimizer(recipe, settings, steps)
+        self._step = train_step(self._loss, self._tx)
+        self._compiled: Any = None
+        self._predict = jax.jit(lambda p, phi, batch: call(task, self.forward, batch, None, p, phi))
+
+    def _loss(self, params: Any, phi: Any, batch: dict, key: jax.Array) -> jax.Array:
+        return cross_entropy(call(self.task, self.forward, batch, key, params, phi), batch)
+
+    def fit(
+        self, tokens: data.Tokens, labels: np.ndarray, seed: int, tick: Callable[[], Any]
+    ) -> Fitted:
+        """Trains on all examples given.
+
+        Args:
+          tokens: of the examples.
+          labels: `(n,)` integers.
+          seed: of order, dropout and the fresh phi.
+          tick: called after each step.
+
+        Returns:
+          What was found, and what it took.
+        """
+        phi = jax.jit(self.peft.init)(jax.random.key(seed), self.task.params)
+        if self.recipe.probe:
+            return self._probe(tokens, labels, phi, tick)
+        settings, task = self.settings, self.task
+        state = start(self._tx, phi, jax.random.key(seed))
+        order = data.epochs(len(labels), settings.batch, seed, settings.epochs)
+        batches = [task.batch(tokens, labels, index, settings.batch) for index in order]
+        compile_seconds = self._compile(state, batches[0])
+        losses, began = [], time.perf_counter()
+        for batch in batches:
+            state, loss = self._compiled(task.params, state, batch)
+            losses.append(loss)
+            loss.block_until_ready()
+            tick()
+        seconds = time.perf_counter() - began
+        found = tuple(float(loss) for loss in losses)
+        if not np.isfinite(found[-1]):
+            raise ValueError(
+                f'{self.recipe.name}: the loss became {found[-1]} after {len(found)} steps; '
+                f'lower the learning rate (now {self._rate():g})'
+            )
+        return Fitted(
+            self.peft, state.phi, seconds, compile_seconds, len(found), self._peak(), found
+        )
+
+    def _rate(self) -> float:
+        return self.recipe.rate if self.settings.rate is None else self.settings.rate
+
+    def _compile(self, state: TrainState, batch: dict) -> float:
+        if self._compiled is not None:
+            return 0.0
+        began = time.perf_counter()
+        self._compiled = self._step.lower(self.task.params, state, batch).compile()  # pyright: ignore
+        return time.perf_counter() - began
+
+    def _peak(self) -> int:
+        memory = self._compiled.memory_analysis()
+        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+
+    def _probe(self, tokens: data.Tokens, labels: np.ndarray, phi: Any, tick: Any) -> Fitted:
+        began = time.perf_counter()
+        head, peak = fit_probe(self.task, tokens, labels, EVALUATE)
+        values = {f'classifier/{name}': {'value': value} for name, value in head.items()}
+        tick()
+        seconds = time.perf_counter() - began
+        return Fitted(self.peft, {**phi, 'head': values}, seconds, 0.0, 0, peak, ())
+
+    def logits(self, phi: Any, tokens: data.Tokens) -> np.ndarray:
+        """Logits of all examples, `(n, labels)`."""
+        count, found = len(tokens.input_ids), []
+        none = np.zeros(count, np.int32)
+        for index in data.in_order(count, EVALUATE):
+            batch = self.task.batch(tokens, none, index, EVALUATE)
+            found.append(np.asarray(self._predict(self.task.params, phi, batch))[: len(index)])
+        return np.concatenate(found)
+
+
+def step_count(examples: int, settings: Settings) -> int:
+    """How many updates a fit makes."""
+    return settings.epochs * -(-examples // settings.batch)
+
+
+def optimizer(recipe: Recipe, settings: Settings, steps: int) -> optax.GradientTransformation:
+    """AdamW with a rate for the head and one for the method, both rising, then falling."""
+
+    def adamw(rate: float) -> optax.GradientTransformation:
+        rise = max(1, round(settings.warmup * steps))
+        schedule = optax.join_schedules(
+            [optax.linear_schedule(0.0, rate, rise),
+             optax.linear_schedule(rate, 0.0, max(1, steps - rise))],
+            [rise],
+        )  # fmt: skip
+        return optax.adamw(schedule, weight_decay=settings.weight_decay)
+
+    rate = recipe.rate if settings.rate is None else settings.rate
+    rates = {'body': adamw(rate), 'head': adamw(settings.head_rate)}
+    labels = lambda phi: {name: jax.tree.map(lambda _, n=name: n, phi[name]) for name in phi}
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(rates, labels))

@@ -1,0 +1,78 @@
+"""Logistic regression on the features of the frozen encoder."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from peftjax import data
+from peftjax.cli._task import Task
+
+Head = dict[str, jax.Array]
+
+STRENGTH = 10.0
+"""Inverse of the penalty on features of length one (`C` of the usual libraries)."""
+
+
+def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray, size: int) -> tuple[Head, int]:
+    """Fits the classifier alone, by L-BFGS, to its one optimum.
+
+    Args:
+      task: the encoder.
+      tokens: of the examples.
+      labels: `(n,)` integers.
+      size: rows of a batch.
+
+    Returns:
+      `{'kernel': (features, labels), 'bias': (labels,)}`, and the bytes of the compiled encoder.
+    """
+    features, peak = _features(task, tokens, size)
+    scale = float(np.sqrt(np.square(features).sum(-1).mean()))
+    count = len(task.names)
+    x = jnp.asarray(features / scale)
+    zeros = {'kernel': jnp.zeros((x.shape[1], count)), 'bias': jnp.zeros(count)}
+
+    def loss(head: Head) -> jax.Array:
+        logits = x @ head['kernel'] + head['bias'][None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+        return STRENGTH * losses.sum() + 0.5 * jnp.square(head['kernel']).sum()
+
+    head = _minimum(loss, zeros)
+    return {'kernel': head['kernel'] / scale, 'bias': head['bias']}, peak
+
+
+def _features(task: Task, tokens: data.Tokens, size: int) -> tuple[np.ndarray, int]:
+    """The mean hidden state of each example, and the bytes of the compiled encoder."""
+    count, found = len(tokens.input_ids), []
+    none = np.zeros(count, np.int32)
+    batches = [task.batch(tokens, none, index, size) for index in data.in_order(count, size)]
+    compiled = jax.jit(task.features).lower(task.params, batches[0]).compile()
+    for batch in batches:
+        found.append(np.asarray(compiled(task.params, batch))[batch['weights'] > 0])
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return np.concatenate(found), peak + memory.output_size_in_bytes
+
+
+def _minimum(
+    loss: Callable[[Head], jax.Array], head: Head, most: int = 500, tolerance: float = 1e-5
+) -> Head:
+    """The minimum of a convex function, by L-BFGS."""
+    tx = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def body(carry: Any) -> Any:
+        head, state, _, step = carry
+        value, grad = value_and_grad(head, state=state)
+        updates, state = tx.update(grad, state, head, value=value, grad=grad, value_fn=loss)
+        size = optax.tree.norm(grad) / (1 + jnp.abs(value))
+        return optax.apply_updates(head, updates), state, size, step + 1
+
+    def more(carry: Any) -> jax.Array:
+        return (carry[2] > tolerance) & (carry[3] < most)
+
+    first = (head, tx.init(head), jnp.array(jnp.inf), jnp.array(0))
+    return jax.jit(lambda carry: jax.lax.while_loop(more, body, carry))(first)[0]

@@ -1,0 +1,97 @@
+"""The ways of adapting an encoder that the commands know, with settings found for them."""
+
+import dataclasses
+from collections.abc import Callable
+
+from peftjax import (
+    HOULSBY,
+    PARALLEL,
+    PFEIFFER,
+    BitFit,
+    Chain,
+    Dora,
+    Ia3,
+    Lora,
+    Method,
+    NormTuning,
+    PrefixTuning,
+    PromptTuning,
+    Trainable,
+    chain,
+)
+
+HEAD = Trainable(target='^classifier/')
+BODY = '^(?!classifier/)'
+ATTENTION = r'attention/self/(query|value)/kernel'
+HEAD_RATE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way of adapting an encoder and its fresh classifier.
+
+    Attributes:
+      name: on the command line.
+      about: one line of help.
+      build: the method beside the head; `None` for the head alone.
+      rate: learning rate of the method.
+      probe: whether the head is fitted to frozen features instead of trained by steps.
+    """
+
+    name: str
+    about: str
+    build: Callable[[], Method] | None
+    rate: float = 0.0
+    probe: bool = False
+
+    def method(self) -> Method | Chain:
+        """The method with the head."""
+        if self.build is None:
+            return chain(head=HEAD)
+        return chain(body=self.build(), head=HEAD)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe('frozen', 'logistic regression on the frozen encoder', None, probe=True),
+        Recipe('prompt', 'prompt tuning, 10 virtual tokens',
+               lambda: PromptTuning(length=10, side='back'), 1e-2),
+        Recipe('prefix', 'prefix tuning, 10 virtual tokens, direct',
+               lambda: PrefixTuning(length=10, side='back', deviation=0.5), 1e-2),
+        Recipe('bitfit', 'biases only', lambda: BitFit(target=BODY), 2e-3),
+        Recipe('norms', 'norms only', lambda: NormTuning(target=BODY), 2e-3),
+        Recipe('ia3', 'rescaled keys, values and MLP',
+               lambda: Ia3(target=('attention/self/(key|value)/kernel', 'intermediate/dense/kernel')),
+               1e-2),
+        Recipe('lora', 'LoRA, rank 8, on query and value',
+               lambda: Lora(target=ATTENTION, rank=8, alpha=16), 2e-3),
+        Recipe('dora', 'DoRA, rank 8, on query and value',
+               lambda: Dora(target=ATTENTION, rank=8, alpha=16), 2e-3),
+        Recipe('adapter', 'bottleneck adapters after attention and MLP (Houlsby)',
+               lambda: HOULSBY, 1e-3),
+        Recipe('pfeiffer', 'bottleneck adapters after the MLP', lambda: PFEIFFER, 1e-3),
+        Recipe('parallel', 'bottleneck adapters beside the MLP', lambda: PARALLEL, 1e-3),
+        Recipe('full', 'full fine-tuning', lambda: Trainable(target=BODY), 1e-4),
+    )
+}  # fmt: skip
+"""All recipes by name."""
+
+DEFAULT = (
+    'frozen', 'prompt', 'prefix', 'bitfit', 'ia3', 'lora', 'dora', 'adapter', 'full',
+)  # fmt: skip
+"""What `peftjax compare` runs unless told otherwise."""
+
+
+def chosen(names: str | None) -> tuple[Recipe, ...]:
+    """The recipes of a comma-separated list.
+
+    Raises:
+      ValueError: a name is unknown, or given twice.
+    """
+    wanted = DEFAULT if names is None else tuple(name.strip() for name in names.split(','))
+    unknown = [name for name in wanted if name not in RECIPES]
+    if unknown or len(set(wanted)) < len(wanted):
+        what = f'unknown method {unknown[0]!r}' if unknown else f'a method twice in {names!r}'
+        raise ValueError(f'{what}. Methods: {", ".join(RECIPES)}')
+    return tuple(RECIPES[name] for name in wanted)

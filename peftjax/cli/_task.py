@@ -1,0 +1,105 @@
+"""A few-shot task: an encoder, labeled examples, and the loss between them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from peftjax import data, models
+
+HEAD_KEY = 0
+"""Draws the classifier that phi replaces, the same in every run: theta stays recognizable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every method gets alike.
+
+    Attributes:
+      model: what was asked for: a folder or hub name, empty for the default model.
+      params: theta, with a fresh classifier.
+      apply: `apply(params, ids, attention_mask=…, pool_mask=…, deterministic=…, rngs=…)`.
+      features: `features(params, batch)`, the mean hidden state of each row, frozen.
+      names: of the labels.
+      tokenizer: of the model.
+      pad_id: of the model.
+      max_tokens: longer texts are cut.
+    """
+
+    model: str
+    params: Any
+    apply: Callable[..., jax.Array]
+    features: Callable[[Any, dict], jax.Array]
+    names: tuple[str, ...]
+    tokenizer: Any
+    pad_id: int
+    max_tokens: int
+
+    def encode(self, texts: tuple[str, ...]) -> data.Tokens:
+        """Tokens of texts."""
+        return data.encode(self.tokenizer, texts, self.max_tokens, pad_id=self.pad_id)
+
+    def batch(self, tokens: data.Tokens, labels: np.ndarray, index: np.ndarray, size: int) -> dict:
+        """The arrays of one step; all of one length, so that one program serves all."""
+        taken = data.take(tokens, index, size, lengths=(tokens.input_ids.shape[1],))
+        return {
+            'ids': taken.input_ids,
+            'mask': taken.attention_mask,
+            'weights': taken.weights,
+            'labels': labels[taken.index],
+        }
+
+
+def load_task(model: str, names: tuple[str, ...], max_tokens: int) -> Task:
+    """Loads an encoder and puts a classifier on it.
+
+    Args:
+      model: folder or hub name; empty for the default model.
+      names: of the labels.
+      max_tokens: longer texts are cut.
+
+    Returns:
+      The task.
+    """
+    folder = model or models.default_model_path()
+    loaded = models.load_encoder(
+        folder, 'mean', num_labels=len(names), key=jax.random.key(HEAD_KEY)
+    )
+    tokenizer = models.load_tokenizer(folder)
+    config = loaded.config
+    encoder = models.Encoder(config, loaded.model.compute)
+
+    def features(params: Any, batch: dict) -> jax.Array:
+        hidden = encoder.apply_fn(params[config.model_type], batch['ids'], batch['mask'])
+        return models.mean_pool(hidden, batch['mask'])
+
+    return Task(
+        model,
+        loaded.params,
+        loaded.model.apply_fn,
+        features,
+        names,
+        tokenizer,
+        config.pad_token_id,
+        max_tokens,
+    )
+
+
+def call(task: Task, forward: Callable[..., jax.Array], batch: dict, key: Any, *trees: Any) -> Any:
+    """Logits of a batch; a key switches the model's dropout on."""
+    how = {'deterministic': True} if key is None else {
+        'deterministic': False, 'rngs': {'dropout': key}, 'dropout_key': key}  # fmt: skip
+    mask = batch['mask']
+    return forward(*trees, batch['ids'], attention_mask=mask, pool_mask=mask, **how)
+
+
+def cross_entropy(logits: jax.Array, batch: dict) -> jax.Array:
+    """Mean loss over the real rows of a batch."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), batch['labels']
+    )
+    return (losses * batch['weights']).sum() / batch['weights'].sum()

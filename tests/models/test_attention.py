@@ -1,0 +1,90 @@
+"""The fused attention core and GELU against the formulas as they read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from peftjax.models import attention, plain_attention
+from peftjax.models._activations import gelu
+
+MASK = jnp.arange(5)[None] < jnp.array([[5], [3]])
+
+
+def draw(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, (2, 5, 3, 4), dtype) for key in keys)
+
+
+@pytest.mark.parametrize('mask', [None, MASK], ids=['all', 'padded'])
+def test_values_and_gradients_are_those_of_the_formula(mask):
+    qkv = draw()
+    weight = jax.random.normal(jax.random.key(1), (2, 5, 3, 4))
+    run = lambda f: jax.value_and_grad(lambda qkv: (f(*qkv, mask) * weight).sum())(qkv)
+    fused, plain = run(attention), run(plain_attention)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), fused, plain)
+    np.testing.assert_allclose(
+        attention(*qkv, mask), plain_attention(*qkv, mask), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_masked_keys_and_their_gradients_are_exactly_absent():
+    query, key, value = draw()
+    loss = lambda key, value: (attention(query, key, value, MASK) ** 2).sum()
+    d_key, d_value = jax.grad(loss, (0, 1))(key, value)
+    assert not d_key[1, 3:].any() and not d_value[1, 3:].any()
+    other = attention(query, key.at[1, 3:].set(7.0), value.at[1, 3:].set(9.0), MASK)
+    np.testing.assert_array_equal(other, attention(query, key, value, MASK))
+
+
+def test_second_order_and_vmap():
+    qkv = draw()
+
+    def slope(f):
+        inner = jax.grad(lambda q, k, v: (jnp.sin(f(q, k, v, MASK))).sum(), (0, 1, 2))
+        return jax.grad(lambda qkv: sum((d**2).sum() for d in inner(*qkv)))(qkv)
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, slope(attention), slope(plain_attention))
+    # forward over reverse works too; forward alone is what the plain form is for
+    grad = jax.grad(lambda q: attention(q, *qkv[1:], MASK).sum())
+    plain = jax.grad(lambda q: plain_attention(q, *qkv[1:], MASK).sum())
+    close(*(jax.jvp(g, qkv[:1], qkv[:1])[1] for g in (grad, plain)))
+    jax.jvp(lambda q: plain_attention(q, *qkv[1:], MASK), qkv[:1], qkv[:1])
+    with pytest.raises(TypeError, match='forward-mode'):
+        jax.jvp(lambda q: attention(q, *qkv[1:], MASK), qkv[:1], qkv[:1])
+    stacked = tuple(jnp.stack([x, 2 * x]) for x in qkv)
+    many = jax.vmap(lambda *x: attention(*x, MASK))(*stacked)
+    close(many[1], attention(*(2 * x for x in qkv), MASK))
+
+
+def test_cross_lengths_and_large_scores():
+    query, key, value = draw()
+    out = attention(100 * query[:, :2], 100 * key, value, MASK)
+    expected = plain_attention(100 * query[:, :2], 100 * key, value, MASK)
+    assert out.shape == (2, 2, 3, 4)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_stays_near_the_formula():
+    low = attention(*draw(jnp.bfloat16), MASK)
+    exact = plain_attention(*(x.astype(jnp.float32) for x in draw(jnp.bfloat16)), MASK)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), exact, rtol=0.02, atol=0.02)
+
+
+def test_gelu_is_exact_and_keeps_its_slope():
+    x = jnp.linspace(-8, 8, 401)
+    reference = lambda x: jax.nn.gelu(x, approximate=False)
+    np.testing.assert_allclose(gelu(x), reference(x), rtol=1e-5, atol=5e-7)
+    each = lambda f: jax.vmap(jax.grad(f))(x)
+    np.testing.assert_allclose(each(gelu), each(reference), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(jax.grad(gelu)))(x), jax.vmap(jax.grad(jax.grad(reference)))(x), atol=1e-5
+    )
+    check_grads(gelu, (x[::40],), order=2, modes=['fwd', 'rev'], rtol=2e-2)
+    _, pullback = jax.vjp(gelu, x)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    assert sizes.count(x.shape) == 1
+    assert gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16

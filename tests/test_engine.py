@@ -1,0 +1,188 @@
+"""The laws of the engine, on every apply function of the zoo."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from applies import APPLIES, Case
+
+import peftjax as pj
+
+every = pytest.mark.parametrize('name', list(APPLIES))
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks():
+    """No operand is broadcast over leading dimensions in silence."""
+    with jax.numpy_rank_promotion('raise'):
+        yield
+
+
+@dataclasses.dataclass
+class Ready:
+    """A case with LoRA attached and its functions jitted."""
+
+    case: Case
+    peft: pj.Peft
+    fresh: Any
+    phi: Any
+    calls: list[None]
+
+    @functools.cached_property
+    def base(self):
+        return jax.jit(self.case.base)
+
+    @functools.cached_property
+    def forward(self):
+        return jax.jit(self.adapted)
+
+    def adapted(self, params, phi, x):
+        self.calls.append(None)
+        return self.case.adapted(self.peft, params, phi, x)
+
+    def merged(self, params, phi, x):
+        return self.case.base(self.peft.merge(params, phi), x)
+
+
+@functools.cache
+def ready(name: str) -> Ready:
+    case = APPLIES[name]
+    method = pj.Lora(rank=2, alpha=3.0, target=case.target)
+    peft = pj.attach(method, case.fn, case.params, *case.args, **case.kwargs)
+    fresh = peft.init(jax.random.key(0), case.params)
+    return Ready(case, peft, fresh, randomized(fresh), [])
+
+
+def randomized(phi: Any) -> Any:
+    """Numbers of order one everywhere: at init one factor is zero."""
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 2, a.dtype), phi)
+
+
+def floats(tree: Any) -> list[np.ndarray]:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return [np.asarray(leaf, np.float64) for leaf in leaves]
+
+
+def close(ours: Any, theirs: Any, tolerance: float) -> None:
+    """Asserts that two trees agree, relative to the largest number of each leaf."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    pairs = list(zip(floats(ours), floats(theirs), strict=True))
+    assert pairs
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+def score(outputs: Any) -> jax.Array:
+    """One number that depends on every output, and is not linear in any."""
+    leaves = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return sum((jnp.sin(1.3 * leaf.astype(jnp.float32)).sum() for leaf in leaves), jnp.zeros(()))
+
+
+@every
+def test_each_leaf_is_served_as_expected(name: str):
+    at = ready(name)
+    ways = dict(at.peft.served)
+    assert set(ways) == set(at.fresh)
+    assert {way for mine in ways.values() for way in mine} == set(at.case.served)
+    assert all(way in str(at.peft) for way in at.case.served)
+
+
+@every
+def test_at_init_the_output_is_the_bases_bit_for_bit(name: str):
+    at = ready(name)
+    ours = at.forward(at.case.params, at.fresh, at.case.x)
+    base = at.base(at.case.params, at.case.x)
+    assert jax.tree.structure(ours) == jax.tree.structure(base)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(base), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@every
+def test_forward_is_the_merged_model_and_traces_once(name: str):
+    at = ready(name)
+    ours = at.forward(at.case.params, at.phi, at.case.x)
+    traced = len(at.calls)
+    merged = jax.jit(at.merged)(at.case.params, at.phi, at.case.x)
+    close(ours, merged, at.case.tolerance)
+    at.forward(at.case.params, at.phi, at.case.x)
+    assert len(at.calls) == traced == 1
+
+
+@every
+def test_eager_is_jit(name: str):
+    at = ready(name)
+    eager = at.case.adapted(at.peft, at.case.params, at.phi, at.case.x)
+    close(eager, at.forward(at.case.params, at.phi, at.case.x), at.case.tolerance)
+
+
+@pytest.mark.parametrize('name', [name for name in APPLIES])
+def test_gradient_of_donated_phi_is_that_through_the_merge(name: str):
+    at = ready(name)
+    if not at.case.reverse:
+        pytest.skip('JAX cannot differentiate this in reverse mode')
+    before = jax.tree.map(np.asarray, at.case.params)
+    ours = jax.jit(
+        jax.grad(lambda phi, params, x: score(at.case.adapted(at.peft, params, phi, x))),
+        donate_argnums=0,
+    )
+    theirs = jax.jit(jax.grad(lambda phi, params, x: score(at.merged(params, phi, x))))
+    donated = jax.tree.map(jnp.copy, at.phi)
+    found = ours(donated, at.case.params, at.case.x)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+    expected = theirs(at.phi, at.case.params, at.case.x)
+    close(found, expected, at.case.tolerance)
+    assert all(np.abs(leaf).max() > 0 for leaf in floats(found))
+    jax.tree.map(np.testing.assert_array_equal, before, at.case.params)
+
+
+@every
+def test_vmap_is_a_loop(name: str):
+    at = ready(name)
+    params, x = at.case.params, at.case.x
+    phis = jax.tree.map(lambda one, two: jnp.stack([one, two]), at.phi, at.fresh)
+    xs = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), x)
+    mapped = lambda *axes: jax.vmap(lambda phi, x: at.case.adapted(at.peft, params, phi, x), axes)
+    both = jax.jit(
+        lambda phis, xs: (
+            mapped(0, None)(phis, x),
+            mapped(None, 0)(at.phi, xs),
+            mapped(0, 0)(phis, xs),
+        )
+    )(phis, xs)
+    turned = jax.tree.map(lambda leaf: leaf[::-1], x)
+    stack = lambda *pairs: jax.tree.map(
+        lambda one, two: jnp.stack([one, two]), *(at.forward(params, *pair) for pair in pairs)
+    )
+    close(both[0], stack((at.phi, x), (at.fresh, x)), at.case.tolerance)
+    close(both[1], stack((at.phi, x), (at.phi, turned)), at.case.tolerance)
+    close(both[2], stack((at.phi, x), (at.fresh, turned)), at.case.tolerance)
+
+
+@every
+def test_second_derivatives_are_those_through_the_merge(name: str):
+    at = ready(name)
+    along = jax.tree.map(jnp.cos, at.phi)
+
+    def derivatives(apply):
+        def run(phi, along, params, x):
+            loss = lambda phi: score(apply(params, phi, x))
+            slope = lambda phi: sum(
+                jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(loss)(phi), along))
+            )
+            found = {}
+            if at.case.forward:
+                found['jvp'] = jax.jvp(loss, (phi,), (along,))[1]
+            if at.case.reverse:
+                found['grad of grad'] = jax.grad(slope)(phi)
+            return found
+
+        return jax.jit(run)(at.phi, along, at.case.params, at.case.x)
+
+    apply = lambda params, phi, x: at.case.adapted(at.peft, params, phi, x)
+    close(derivatives(apply), derivatives(at.merged), 10 * at.case.tolerance)
