@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from peftjax import _paths, _virtual
-from peftjax._interpret import Companion, Run, evaluate
 from peftjax._chain import Chain
+from peftjax._interpret import Companion, Run, evaluate
 from peftjax._method import Method, float32
 from peftjax._record import Recorder, distinct
 from peftjax._sites import Site, Sites, table
@@ -127,7 +127,19 @@ def _grown(
 
     longer = jax.eval_shape(stretch, arrays)
     args, kwargs = refill[-1](longer)
-    wide = sites(apply_fn, params, *args, **kwargs)
+    try:
+        wide = sites(apply_fn, params, *args, **kwargs)
+    except Exception as error:
+        shapes = {
+            path: leaf.shape
+            for path, leaf in _paths.leaves([args, kwargs]).items()
+            if _is_array(leaf)
+        }
+        raise ValueError(
+            f'with {room.length} virtual tokens the function cannot be traced. Perhaps an argument '
+            f'sized by the tokens was not lengthened with them (fill=…), or a size is fixed inside '
+            f'the function. Shapes now: {shapes}'
+        ) from error
     found = []
     for before, after in zip(base, wide, strict=True):
         axes = _virtual.grown(before.output, after.output, room.length)

@@ -35,23 +35,34 @@ def check_name(name: str) -> str:
     return name
 
 
+def local(directory: str | os.PathLike[str]) -> Path:
+    """A path of this machine, in full.
+
+    Raises:
+      TypeError: it is no path.
+      ValueError: it is an address elsewhere, or holds NUL.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f'the place of a saved adapter must be a str or a path; got {directory!r}')
+    text = str(os.fspath(directory))
+    if '\0' in text or '://' in text:
+        raise ValueError(f'the place of a saved adapter must be a local path; got {text!r:.140}')
+    return Path(os.path.abspath(text))
+
+
 def place(directory: str | os.PathLike[str], name: str | None) -> Path:
-    """The folder that a directory, or a name in it, stands for.
+    """The folder to make: a directory, or a name in it.
 
     Raises:
       TypeError: the directory is no path.
-      ValueError: the directory is no local folder that can be named, or the name is refused.
+      ValueError: the directory does not say a name for the folder, or the name is refused.
     """
-    if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f'a place to save must be a str or a path; got {directory!r}')
-    text = str(os.fspath(directory))
-    if '\0' in text or '://' in text:
-        raise ValueError(f'a place to save must be a local path; got {text!r:.140}')
     if name is not None:
-        return Path(directory) / check_name(name)
-    if not text or Path(directory).name in ('', '..'):
+        return local(directory) / check_name(name)
+    path, last = local(directory), os.path.basename(os.path.normpath(directory))
+    if not os.fspath(directory) or last in ('', '.', '..') or not path.name:
         raise ValueError(
-            f'a place to save must end with the name of a folder; got {text!r}. '
+            f'a place to save must end with the name of a folder; got {str(directory)!r}. '
             'Add a name: save(directory, peft, phi, name="my-adapter")'
         )
-    return Path(directory)
+    return path

@@ -6,7 +6,8 @@ by the method, and the places are cut from the results, along the dimensions tha
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ class Virtual:
     Attributes:
       length: how many.
       side: `front` or `back` of the sequence.
-      tokens: the argument with token ids: a position (`'0'`), a keyword, or a path into one.
+      tokens: regex for the path of the argument with token ids: a position (`'0'`), a keyword, a
+        path into one (`'0/input_ids'`).
       dummy: the id that holds their places.
       fill: what other arguments get at their places, by name, over the usual ones of `FILL`.
       shift: whether real tokens count those in front of them in their positions.
@@ -69,19 +71,26 @@ class Virtual:
         """
         named = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
         leaves = _paths.leaves(named)
-        ids = leaves.get(self.tokens)
-        if ids is None or not np.issubdtype(ids.dtype, np.integer) or not ids.ndim:
-            shapes = {path: getattr(leaf, 'shape', leaf) for path, leaf in leaves.items()}
-            raise ValueError(
-                f'tokens={self.tokens!r} must name an integer argument of token ids; the call has '
-                f'{shapes}. Set tokens to one of these names'
-            )
-        new = {self.tokens: self.pad(ids, ids.ndim - 1, self.dummy)}
-        for path, leaf in leaves.items():
-            if path != self.tokens and _goes_with(leaf, ids):
-                new[path] = self._padded(path, leaf)
+        path, ids = self._ids(leaves)
+        new = {path: self.pad(ids, ids.ndim - 1, self.dummy)}
+        for other, leaf in leaves.items():
+            if other != path and _goes_with(leaf, ids):
+                new[other] = self._padded(other, leaf)
         out = _paths.replace(named, new)
         return [out[str(i)] for i in range(len(args))], {name: out[name] for name in kwargs}
+
+    def _ids(self, leaves: Mapping[str, Any]) -> tuple[str, Array]:
+        """The argument with token ids, and its path."""
+        found = [path for path in leaves if re.fullmatch(self.tokens, path)]
+        if len(found) == 1:
+            ids = leaves[found[0]]
+            if np.issubdtype(getattr(ids, 'dtype', np.bool_), np.integer) and ids.ndim:
+                return found[0], ids
+        shapes = {path: getattr(leaf, 'shape', leaf) for path, leaf in leaves.items()}
+        raise ValueError(
+            f'tokens={self.tokens!r} must match one integer argument of token ids; it matches '
+            f'{found} among the arguments {shapes}. Set tokens to one of these names'
+        )
 
     def _padded(self, path: str, leaf: Array) -> Array:
         last = path.rpartition('/')[2]

@@ -109,7 +109,7 @@ def save(
       allow_nonfinite: whether NaN and Inf may be saved.
 
     Returns:
-      The folder.
+      The folder, as an absolute path.
 
     Raises:
       ValueError: `name`, `phi`, `params` or `metadata` is refused; nothing was written.
@@ -154,7 +154,7 @@ def save(
     size = len(text) + sum(array.nbytes for array in arrays.values())
     with _folder.whole(target, ours=OURS, overwrite=overwrite, size=size) as folder:
         (folder / ADAPTER).write_text(text, encoding='utf-8')
-        _arrays.write(folder.absolute() / ARRAYS, arrays)
+        _arrays.write(folder / ARRAYS, arrays)
         _manifest.seal(folder, writer)
     return target
 
@@ -188,7 +188,7 @@ def load(
       CheckpointError: a file is damaged, missing or unknown, or of another version.
       ValueError: phi is not finite, or `params` is another base.
     """
-    target = _names.place(directory, name)
+    target = _names.local(directory) if name is None else _names.place(directory, name)
     if name is not None and target.is_symlink():
         raise CheckpointError(f'a name must stand for a folder; {str(target)!r} is a link')
     folder = _folder.current(target).resolve()

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pathlib
 import pickle
 import shutil
 import signal
@@ -341,7 +342,7 @@ def test_arrays_that_the_table_does_not_know_are_refused(folder):
 
 
 def test_arrays_that_orbax_cannot_read_are_named(folder):
-    (folder / 'phi' / 'manifest.ocdbt').write_bytes(b'nonsense')
+    (folder / 'phi' / '_METADATA').write_bytes(b'nonsense')
     reseal(folder)
     with pytest.raises(CheckpointError, match='must hold arrays as Orbax stores them') as caught:
         checkpoint.load(folder)
@@ -403,11 +404,23 @@ def test_good_names():
         check_name(3)
 
 
-@pytest.mark.parametrize('place', ['', '.', '..', '/', 'x/..', 'a\0b', 'gs://bucket/x'])
+@pytest.mark.parametrize('place', ['', '.', '..', '/', 'x/..', '../..', 'a\0b', 'gs://bucket/x'])
 def test_a_place_without_a_name_is_refused(place):
     _, peft = adapter()
-    with pytest.raises(ValueError, match='a place to save must'):
+    with pytest.raises(ValueError, match='place (to save|of a saved adapter) must'):
         checkpoint.save(place, peft, filled(peft, 1))
+
+
+def test_a_folder_is_loaded_from_within(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert values('.') == 1
+    monkeypatch.chdir(folder.parent)
+    assert values('x') == values('./x/') == values(str(folder)) == 1
+    for place in ('a\0b', 'gs://bucket/x'):
+        with pytest.raises(ValueError, match='must be a local path'):
+            checkpoint.load(place)
+    with pytest.raises(TypeError, match='must be a str or a path; got 3'):
+        checkpoint.load(3)
 
 
 def test_an_existing_name_is_kept_unless_overwritten(tmp_path):
@@ -570,13 +583,14 @@ def test_a_replacement_cut_short_leaves_the_old_or_the_new(origin, tmp_path):
 
 
 def save_and_die(target, ready, step, count):
-    """Saves 1 and 2 in turn; dies before the count-th call of a step, if one is given."""
+    """Saves 1 and 2 in turn; dies before the count-th call of a step beside the target."""
     _, peft = adapter()
     checkpoint.save(target, peft, filled(peft, 1))
     real, calls = getattr(os, step, None), []
 
     def counted(*args, **kwargs):
-        calls.append(args)
+        if isinstance(args[0], int) or pathlib.Path(args[0]).parent == target.parent:
+            calls.append(args)
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
@@ -589,7 +603,7 @@ def save_and_die(target, ready, step, count):
 
 
 BETWEEN = ['.x.old', '.x.saving']
-KILLS = [('mkdir', 2, ['x']), ('fsync', 6, ['.x.saving', 'x']), ('rename', 1, ['.x.saving', 'x'])]
+KILLS = [('mkdir', 1, ['x']), ('fsync', 6, ['.x.saving', 'x']), ('rename', 1, ['.x.saving', 'x'])]
 KILLS += [('rename', 2, BETWEEN), ('rename', 3, ['.x.saving', 'x']), *[('', 0, None)] * 5]
 
 

@@ -35,7 +35,8 @@ class PrefixTuning(Method):
         turns a trained network into a direct prefix.
       side: `front`, or `back` for bidirectional models whose real tokens should keep their
         places; a causal model would never look back at them there.
-      tokens: the argument with token ids: a position (`'0'`), a keyword, or a path into one.
+      tokens: regex for the argument with token ids: a position (`'0'`), a keyword, or a path into
+        one (`'0/input_ids'`).
       dummy: the id that holds the places; not the padding id where positions are counted from ids.
       fill: what other arguments that go with the tokens get at the virtual places, by name.
       shift: whether an argument of positions counts the virtual tokens in front.

@@ -30,8 +30,8 @@ class PromptTuning(Method):
       length: the number of virtual tokens.
       side: `front`, or `back` for bidirectional models whose real tokens should keep their
         places; a causal model would never look back at them there.
-      tokens: the argument with token ids: a position (`'0'` is the first after params), a keyword,
-        or a path into one (`'0/input_ids'`).
+      tokens: regex for the argument with token ids: a position (`'0'` is the first after params), a
+        keyword, or a path into one (`'0/input_ids'`).
       dummy: the id that holds the places; not the padding id where positions are counted from ids.
       fill: what other arguments that go with the tokens get at the virtual places, by name; usual
         names (`attention_mask`, `token_type_ids`, …) are known.

@@ -1,0 +1,62 @@
+"""Finds the learning rate of each recipe on held-back training data.
+
+    python benchmarks/tune_rates.py [--data trec.jsonl] [--methods lora,full] [--seeds 100,101]
+
+Trains on 10 examples of each label and validates on other *training* examples (at most 400); the
+test set is not looked at. One JSON line per method, rate and seed goes to standard output.
+"""
+
+import argparse
+import json
+
+import numpy as np
+
+from peftjax import data
+from peftjax.cli._fit import Fitter, Settings, step_count
+from peftjax.cli._recipes import RECIPES
+from peftjax.cli._task import load_task
+
+GRID = {
+    'prompt': (3e-3, 1e-2, 3e-2, 1e-1),
+    'prefix': (3e-3, 1e-2, 3e-2),
+    'bitfit': (1e-3, 3e-3, 1e-2),
+    'norms': (1e-3, 3e-3, 1e-2),
+    'ia3': (3e-3, 1e-2, 3e-2),
+    'lora': (1e-3, 2e-3, 4e-3),
+    'dora': (1e-3, 2e-3, 4e-3),
+    'adapter': (1e-3, 2e-3, 4e-3),
+    'pfeiffer': (1e-3, 2e-3, 4e-3),
+    'parallel': (3e-4, 1e-3, 3e-3),
+    'full': (5e-5, 1e-4, 2e-4, 4e-4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--data', help='jsonl of labeled training text; default: the shipped set')
+    parser.add_argument('--methods', default=','.join(GRID))
+    parser.add_argument('--seeds', default='100')
+    parser.add_argument('--shots', type=int, default=10)
+    options = parser.parse_args()
+    train = data.load_labelled(options.data) if options.data else data.default_messages()[0]
+    task = load_task('', train.names, 64)
+    for seed in map(int, options.seeds.split(',')):
+        picked = data.shot_indices(train, options.shots, seed)
+        rest = np.setdiff1d(np.arange(len(train)), picked)
+        held = np.random.default_rng(seed).permutation(rest)[:400]
+        few, held = train.take(picked), train.take(held)
+        tokens, held_tokens = task.encode(few.texts), task.encode(held.texts)
+        for name in options.methods.split(','):
+            for rate in GRID[name]:
+                settings = Settings(rate=rate)
+                steps = step_count(len(few), settings)
+                fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
+                fitted = fitter.fit(tokens, few.labels, seed, lambda: None)
+                right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
+                row = {'method': name, 'rate': rate, 'seed': seed}
+                row |= {'accuracy': round(100 * float(right.mean()), 2), 'data': options.data or ''}
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == '__main__':
+    main()
