@@ -31,6 +31,8 @@ LABELS, RANK, RATE = 6, 8, 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
+    """Token ids, attention mask and labels."""
+
     ids: np.ndarray
     mask: np.ndarray
     labels: np.ndarray

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from peftjax import _paths, _virtual
-from peftjax._chain import Chain
+from peftjax._chain import Chain, part_keys
 from peftjax._interpret import Companion, Run, evaluate
 from peftjax._method import Method, float32
 from peftjax._record import Recorder, distinct
@@ -267,11 +267,14 @@ class Peft:
     def _fresh(self, key: Array, params: PyTree) -> Phi:
         leaves = _paths.leaves(params)
         return _nested(
-            (keys, part.init(jax.random.fold_in(key, i) if i else key, chosen, leaves))
-            for i, ((keys, part), chosen) in enumerate(
-                zip(self.method.parts, self.sites, strict=True)
+            (keys, part.init(mine, chosen, leaves))
+            for (keys, part), chosen, mine in zip(
+                self.method.parts, self.sites, self._keys(key), strict=True
             )
         )
+
+    def _keys(self, key: Array) -> Iterator[Array]:
+        return part_keys(key, [part for _, part in self.method.parts], self.sites)
 
     def _call(
         self,
@@ -304,11 +307,13 @@ class Peft:
         """What stands where each leaf stood, and at named values."""
         bound: dict[Path, Any] = dict(leaves)
         named: dict[Path, Any] = {}
-        for part, chosen, mine in self._parts(phi):
+        parts = self._parts(phi)
+        own = self._keys(key) if key is not None else [None] * len(parts)
+        for (part, chosen, mine), key in zip(parts, own, strict=True):
             for site in chosen:
                 home = named if site.kind == 'named' else bound
                 home[site.path] = part.bind(site, home.get(site.path), mine[site.path], key)
-        for part, chosen, _ in self._parts(phi):
+        for part, chosen, _ in parts:
             for path in {p for site in chosen if part.seam == 'output' for p in site.bias}:
                 if not isinstance(bound[path], StandIn):
                     bound[path] = _view(path, bound[path], Companion())

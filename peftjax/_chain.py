@@ -2,8 +2,12 @@
 
 import dataclasses
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from peftjax._method import Method
+from peftjax._method import Method, site_key
+from peftjax._sites import Site
+from peftjax._types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,22 @@ def chain(*methods: Method | Chain, **named: Method | Chain) -> Chain:
         if not isinstance(method, Method | Chain):
             raise TypeError(f'a chain is made of methods; {name!r} is {method!r}')
     return Chain(tuple(found))
+
+
+def part_keys(
+    key: Array, parts: Sequence[Method], chosen: Sequence[tuple[Site, ...]]
+) -> Iterator[Array]:
+    """A key for each part of a chain, which does not depend on the parts beside it.
+
+    Where an earlier part of the same kind adapts the same paths, it is another one.
+    """
+    taken: Counter[tuple[str, str]] = Counter()
+    for part, mine in zip(parts, chosen, strict=True):
+        kind = type(part).__name__
+        places = {(kind, site.path) for site in mine}
+        again = max((taken[place] for place in places), default=0)
+        taken.update(places)
+        yield site_key(key, f'{kind}/{again}')
 
 
 def _snake(name: str) -> str:

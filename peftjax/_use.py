@@ -72,6 +72,10 @@ class Use(abc.ABC):
     def outputs(self, y: Array) -> tuple[int, ...]:
         """The dimensions of `y` that the weight produced."""
 
+    def spread(self, h: Array, y: Array) -> Array:
+        """A hidden tensor of rank one, ready to broadcast against `y`."""
+        return jnp.expand_dims(jnp.squeeze(h, -1), self.outputs(y))
+
     def summed(self, full: Full) -> bool:
         """Whether a factor has just the dimensions that `down` needs, batches apart."""
         return self._covers(full, self.contract, self.free)
@@ -352,6 +356,11 @@ class Conv(Use):
     def on_hidden(self, h: Array, f: Array) -> Array:
         """See `Use`."""
         return _align(pick(f, (), self._rank), (self.feature,), h.ndim)
+
+    def spread(self, h: Array, y: Array) -> Array:
+        """See `Use`."""
+        del y
+        return h
 
     def outputs(self, y: Array) -> tuple[int, ...]:
         """See `Use`."""

@@ -39,7 +39,8 @@ class Virtual:
       tokens: regex for the path of the argument with token ids: a position (`'0'`), a keyword, a
         path into one (`'0/input_ids'`).
       dummy: the id that holds their places.
-      fill: what other arguments get at their places, by name, over the usual ones of `FILL`.
+      fill: what other arguments get at their places, by name, over the usual ones of `FILL`; `None`
+        leaves an argument as it is.
       shift: whether real tokens count those in front of them in their positions.
     """
 
@@ -47,7 +48,7 @@ class Virtual:
     side: str
     tokens: str
     dummy: int
-    fill: tuple[tuple[str, int | float], ...]
+    fill: tuple[tuple[str, int | float | None], ...]
     shift: bool
 
     def pad(self, array: Array, axis: int, value: Any) -> Array:
@@ -75,7 +76,7 @@ class Virtual:
         new = {path: self.pad(ids, ids.ndim - 1, self.dummy)}
         for other, leaf in leaves.items():
             if other != path and _goes_with(leaf, ids):
-                new[other] = self._padded(other, leaf)
+                new[other] = self._padded(other, leaf, ids)
         out = _paths.replace(named, new)
         return [out[str(i)] for i in range(len(args))], {name: out[name] for name in kwargs}
 
@@ -92,24 +93,34 @@ class Virtual:
             f'{found} among the arguments {shapes}. Set tokens to one of these names'
         )
 
-    def _padded(self, path: str, leaf: Array) -> Array:
+    def _padded(self, path: str, leaf: Array, ids: Array) -> Array:
         last = path.rpartition('/')[2]
-        fill = {**FILL, **dict(self.fill)}
-        if path in fill or last in fill:
-            return self.pad(leaf, leaf.ndim - 1, fill[path] if path in fill else fill[last])
+        own = dict(self.fill)
+        said = next((name for name in (path, last) if name in own), None)
+        if said is not None:
+            value = own[said]
+            return leaf if value is None else self.pad(leaf, leaf.ndim - 1, value)
+        if leaf.ndim < ids.ndim and leaf.shape[0] == ids.shape[0]:
+            raise ValueError(
+                f'{path!r} of shape {leaf.shape} may go with the tokens or with the examples: the '
+                f'ids have shape {ids.shape}. Say it: fill=(({path!r}, value),) for tokens, value '
+                'None for examples'
+            )
+        if last in FILL:
+            return self.pad(leaf, leaf.ndim - 1, FILL[last])
         if last in POSITIONS:
             return self._positions(leaf)
         if np.issubdtype(leaf.dtype, np.bool_):
             return self.pad(leaf, leaf.ndim - 1, True)
         raise ValueError(
             f'virtual tokens need a value in every argument that goes with the tokens; {path!r} of '
-            f'shape {leaf.shape} has none. Say it: fill=(({path!r}, value),)'
+            f'shape {leaf.shape} has none. Say it: fill=(({path!r}, value),), value None if it has nothing to do with '
+            'tokens'
         )
 
     def _positions(self, leaf: Array) -> Array:
         if self.side == 'back' or not self.shift:
-            moved = leaf + self.length if self.shift else leaf
-            return self.pad(moved, leaf.ndim - 1, 0)
+            return self.pad(leaf, leaf.ndim - 1, 0)
         front = jnp.broadcast_to(
             jnp.arange(self.length, dtype=leaf.dtype), (*leaf.shape[:-1], self.length)
         )

@@ -136,6 +136,14 @@ def scanned() -> Model:
     return Model(fn=fn, params={**_around(), 'layers': _parameters(2)})
 
 
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param('scale', nn.initializers.ones, (WIDTH,))
+        bias = self.param('bias', nn.initializers.zeros, (WIDTH,))
+        return normalized(x, scale[None, None], bias[None, None])
+
+
 class LinenBlock(nn.Module):
     """Kernels of queries, keys and values have three dimensions."""
 
@@ -143,7 +151,7 @@ class LinenBlock(nn.Module):
     def __call__(self, x, _):
         def part(name, x):
             if 'norm' in name:
-                return nn.LayerNorm(name=name, dtype=x.dtype)(x)
+                return LinenNorm(name=name)(x)
             if name in ('query', 'key', 'value'):
                 return nn.DenseGeneral((HEADS, WIDTH // HEADS), name=name, dtype=x.dtype)(x)
             return nn.Dense(SIZES[name][1], name=name, dtype=x.dtype)(x)
@@ -172,6 +180,15 @@ def linen() -> Model:
     return Model(fn=lambda params, ids: model.apply({'params': params}, ids), params=params)
 
 
+class NnxNorm(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(WIDTH))
+        self.bias = nnx.Param(jnp.zeros(WIDTH))
+
+    def __call__(self, x):
+        return normalized(x, self.scale[...][None, None], self.bias[...][None, None])
+
+
 class NnxModel(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.wte = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
@@ -181,8 +198,8 @@ class NnxModel(nnx.Module):
             else:
                 layer = nnx.Linear(a, b, rngs=rngs)
             setattr(self, name, layer)
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.last_norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.norm = NnxNorm()
+        self.last_norm = NnxNorm()
         self.head = nnx.Linear(WIDTH, OUT, rngs=rngs)
 
     def __call__(self, ids):
@@ -242,25 +259,39 @@ def encoder() -> Model:
     return Model(fn=model.apply_fn, params=params)
 
 
+EXPERT_PARAMETERS = {
+    'up': {'kernel': normal(1, 2, WIDTH, INNER, fan=WIDTH), 'bias': normal(2, 2, INNER)},
+    'down': {'kernel': normal(3, 2, INNER, WIDTH, fan=INNER)},
+}
+
+
 @MODELS
 def experts() -> Model:
-    """Each token goes to two experts; their second layer is ragged."""
+    """Each token goes to both experts."""
 
     def fn(params, ids):
         x = params['wte']['embedding'][ids].reshape(-1, WIDTH)
         h = jnp.einsum('etd,edf->etf', jnp.stack([x, jnp.tanh(x)]), params['up']['kernel'])
         h = jax.nn.gelu(h + params['up']['bias'][:, None])
-        sizes = jnp.full((2,), x.shape[0], jnp.int32)
-        y = lax.ragged_dot(h.reshape(-1, INNER), params['down']['kernel'], sizes)
-        y = y.reshape(2, *ids.shape, WIDTH).sum(0)
-        return module(params['head'], y)
+        y = jnp.einsum('edf,etd->etf', params['down']['kernel'], h)
+        return module(params['head'], y.sum(0).reshape(*ids.shape, WIDTH))
 
-    params = {
-        **_around(),
-        'up': {'kernel': normal(1, 2, WIDTH, INNER, fan=WIDTH), 'bias': normal(2, 2, INNER)},
-        'down': {'kernel': normal(3, 2, INNER, WIDTH, fan=INNER)},
-    }
-    return Model(fn=fn, params=params)
+    return Model(fn=fn, params={**_around(), **EXPERT_PARAMETERS})
+
+
+@MODELS
+def ragged() -> Model:
+    """The first four tokens go to one expert, the others to another."""
+
+    def fn(params, ids):
+        x = params['wte']['embedding'][ids].reshape(-1, WIDTH)
+        sizes = jnp.array([4, x.shape[0] - 4], jnp.int32)
+        h = lax.ragged_dot(x, params['up']['kernel'], sizes)
+        y = lax.ragged_dot(jax.nn.gelu(h), params['down']['kernel'], sizes)
+        return module(params['head'], y.reshape(*ids.shape, WIDTH))
+
+    kernels = {name: {'kernel': EXPERT_PARAMETERS[name]['kernel']} for name in ('up', 'down')}
+    return Model(fn=fn, params={**_around(), **kernels})
 
 
 @MODELS

@@ -99,19 +99,51 @@ class Case:
         assert not left, f'tensors of the adapter that phi has no place for: {sorted(left)}'
         return phi
 
-    def call(self, fn: Any, params: Any, *phi: Any) -> Any:
-        """`fn(params, *phi, ...)` on the stored inputs."""
-        inputs = dict(self.inputs)
-        return fn(params, *phi, inputs.pop('input_ids'), **inputs)
-
-    def loss(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """mean(out**2) of the model; wrapped, `out` has the virtual tokens that it returns."""
-        return jnp.mean(jnp.square(self.apply_fn(params, *args, **kwargs)))
-
     def attached(self, method: Any) -> 'Case':
         """The same with another method."""
         attach = lambda params, *a, **k: pj.attach(method, self.apply_fn, params, *a, **k)
-        return dataclasses.replace(self, peft=self.call(attach, self.params))
+        return dataclasses.replace(self, peft=self._call(attach, self.params))
+
+    def base(self, params: Any = None) -> Any:
+        """Output of the model, with other parameters where given."""
+        run = lambda params: self._call(self.apply_fn, params)
+        return jax.jit(run)(self.params if params is None else params)
+
+    def forward(self, phi: Any = None) -> Any:
+        """Output of the wrapped model, with another phi where given."""
+        run = lambda params, phi: self._call(self.peft.wrap(self.apply_fn), params, phi)
+        return jax.jit(run)(self.params, self.phi() if phi is None else phi)
+
+    def loss_and_gradients(self) -> tuple[Any, Tensors]:
+        """mean(out**2), and its gradients with respect to the stored tensors."""
+
+        def inside(params: Any, *args: Any, **kwargs: Any) -> Any:
+            return jnp.mean(jnp.square(self.apply_fn(params, *args, **kwargs)))
+
+        def loss(tensors: Tensors) -> Any:
+            phi = self.phi(tensors)
+            if self.returns_virtual_tokens:
+                return self._call(self.peft.wrap(inside), self.params, phi)
+            forward = self.peft.wrap(self.apply_fn)
+            return jnp.mean(jnp.square(self._call(forward, self.params, phi)))
+
+        return jax.jit(jax.value_and_grad(loss))(self.tensors)
+
+    @property
+    def returns_virtual_tokens(self) -> bool:
+        """Whether the stored outputs have virtual tokens in front; ours have not."""
+        out = self.io['out_adapted']
+        return out.ndim == 3 and out.shape[1] > self.inputs['input_ids'].shape[1]
+
+    @property
+    def out_adapted(self) -> Any:
+        """The stored output of the real tokens."""
+        out = self.io['out_adapted']
+        return out[:, -self.inputs['input_ids'].shape[1] :] if out.ndim == 3 else out
+
+    def _call(self, fn: Any, params: Any, *phi: Any) -> Any:
+        inputs = dict(self.inputs)
+        return fn(params, *phi, inputs.pop('input_ids'), **inputs)
 
 
 def load(folder: pathlib.Path, *, scan_layers: bool = False) -> Case:
@@ -174,7 +206,7 @@ def _tensors(folder: pathlib.Path, config: Mapping[str, Any], *names: str) -> Te
     return found
 
 
-# Base models ---------------------------------------------------------------------------------------
+# Base models -------------------------------------------------------------------------------------
 
 
 def _base(
@@ -210,7 +242,7 @@ def _two_layer_head(encoder: Any) -> Any:
     return apply_fn
 
 
-# Phi -----------------------------------------------------------------------------------------------
+# Phi ---------------------------------------------------------------------------------------------
 
 
 class _Filling:

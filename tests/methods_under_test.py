@@ -73,11 +73,12 @@ EXPERTS = {
     'ia3': pj.Ia3(target=UP_DOWN, feedforward='down'),
     'ia3_output': pj.Ia3(target=UP_DOWN),
     'adapter': pj.Adapter(target=UP_DOWN, reduction=2, scale='learned', norm='before'),
-    'prompt': PROMPT,
     'bitfit': pj.BitFit(),
     'everything': pj.Trainable(target='.'),
     'chain': pj.chain(pj.Lora(rank=2, target=UP_DOWN), pj.Ia3(target='up/kernel')),
 }
+
+RAGGED = {name: EXPERTS[name] for name in ('lora', 'dora', 'ia3', 'ia3_output', 'adapter')}
 
 CONVOLUTION = {
     'lora': pj.Lora(rank=2, target='up/kernel'),

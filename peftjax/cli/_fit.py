@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from peftjax import Peft, TrainState, attach, data, start, train_step
+from peftjax.cli._memory import peak_bytes
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._recipes import HEAD_RATE, Recipe
 from peftjax.cli._task import Task, call, cross_entropy
@@ -95,6 +96,9 @@ class Fitter:
 
         Returns:
           What was found, and what it took.
+
+        Raises:
+          ValueError: the loss does not stay finite.
         """
         phi = jax.jit(self.peft.init)(jax.random.key(seed), self.task.params)
         if self.recipe.probe:
@@ -107,21 +111,30 @@ class Fitter:
         losses, began = [], time.perf_counter()
         for batch in batches:
             state, loss = self._compiled(task.params, state, batch)
-            losses.append(loss)
-            loss.block_until_ready()
+            losses.append(self._finite(float(loss), len(losses)))
             tick()
         seconds = time.perf_counter() - began
-        found = tuple(float(loss) for loss in losses)
-        if not np.isfinite(found[-1]):
-            raise ValueError(
-                f'{self.recipe.name}: the loss became {found[-1]} after {len(found)} steps; '
-                f'lower the learning rate (now {self._rate():g})'
-            )
         return Fitted(
-            self.peft, state.phi, seconds, compile_seconds, len(found), self._peak(), found
+            self.peft,
+            state.phi,
+            seconds,
+            compile_seconds,
+            len(losses),
+            peak_bytes(self._compiled),
+            tuple(losses),
         )
 
-    def _rate(self) -> float:
+    def _finite(self, loss: float, steps: int) -> float:
+        if not np.isfinite(loss):
+            raise ValueError(
+                f'{self.recipe.name}: the loss must stay finite; it is {loss} after {steps} steps. '
+                f'Lower the learning rate (now {self.rate:g})'
+            )
+        return loss
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the method."""
         return self.recipe.rate if self.settings.rate is None else self.settings.rate
 
     def _compile(self, state: TrainState, batch: dict) -> float:
@@ -130,11 +143,6 @@ class Fitter:
         began = time.perf_counter()
         self._compiled = self._step.lower(self.task.params, state, batch).compile()  # pyright: ignore
         return time.perf_counter() - began
-
-    def _peak(self) -> int:
-        memory = self._compiled.memory_analysis()
-        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
 
     def _probe(self, tokens: data.Tokens, labels: np.ndarray, phi: Any, tick: Any) -> Fitted:
         began = time.perf_counter()
@@ -152,6 +160,10 @@ class Fitter:
             batch = self.task.batch(tokens, none, index, EVALUATE)
             found.append(np.asarray(self._predict(self.task.params, phi, batch))[: len(index)])
         return np.concatenate(found)
+
+    def accuracy(self, phi: Any, tokens: data.Tokens, labels: np.ndarray) -> float:
+        """The part of the examples that gets the right label, in percent."""
+        return 100 * float((self.logits(phi, tokens).argmax(-1) == labels).mean())
 
 
 def step_count(examples: int, settings: Settings) -> int:
@@ -172,6 +184,6 @@ def optimizer(recipe: Recipe, settings: Settings, steps: int) -> optax.GradientT
         return optax.adamw(schedule, weight_decay=settings.weight_decay)
 
     rate = recipe.rate if settings.rate is None else settings.rate
-    rates = {'body': adamw(rate), 'head': adamw(settings.head_rate)}
+    rates: dict[Hashable, Any] = {'body': adamw(rate), 'head': adamw(settings.head_rate)}
     labels = lambda phi: {name: jax.tree.map(lambda _, n=name: n, phi[name]) for name in phi}
     return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(rates, labels))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from peftjax import data
+from peftjax.cli._memory import peak_bytes
 from peftjax.cli._task import Task
 
 Head = dict[str, jax.Array]
@@ -52,9 +53,7 @@ def _features(task: Task, tokens: data.Tokens, size: int) -> tuple[np.ndarray, i
     compiled = jax.jit(task.features).lower(task.params, batches[0]).compile()
     for batch in batches:
         found.append(np.asarray(compiled(task.params, batch))[batch['weights'] > 0])
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return np.concatenate(found), peak + memory.output_size_in_bytes
+    return np.concatenate(found), peak_bytes(compiled)
 
 
 def _minimum(

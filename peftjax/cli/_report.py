@@ -1,8 +1,9 @@
-"""What a comparison leaves: a table, a picture, a JSON file."""
+"""What a comparison says: a table and a JSON file."""
 
+import importlib.metadata
 import json
-import math
 import pathlib
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,11 @@ import numpy as np
 HEAD = (
     'method', 'trained', '% of model', 'on disk', 'train s', 'steps/s', 'peak', 'accuracy',
 )  # fmt: skip
+
+
+def line(record: dict[str, Any]) -> str:
+    """The method and its accuracy."""
+    return f'{record["method"]:10}{row(record)[-1]}'
 
 
 def row(record: dict[str, Any]) -> tuple[str, ...]:
@@ -32,7 +38,7 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ('B', 'kB', 'MB', 'GB'):
-        if count < 1000 or unit == 'GB':
+        if count < 999.5 or unit == 'GB':
             return f'{count:.3g} {unit}'
         count /= 1000
     raise AssertionError
@@ -48,39 +54,19 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(accuracies: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample deviation, in percent."""
-    values = 100 * np.asarray(accuracies)
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
+    """Mean and sample deviation; one value has none."""
+    spread = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None
+    return float(np.mean(accuracies)), spread
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    import jax
+
+    found = {name: importlib.metadata.version(name) for name in ('peftjax', 'jax', 'flax', 'optax')}
+    return {'python': platform.python_version(), **found, 'device': jax.devices()[0].device_kind}
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes a JSON file."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-
-
-def picture(path: pathlib.Path, records: Sequence[dict[str, Any]], title: str) -> None:
-    """Accuracy against the number of trained parameters, which lie on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for i, record in enumerate(records):
-        x, y = record['trained_parameters'], record['accuracy_mean']
-        spread = record['accuracy_sd'] or 0.0
-        color = f'C{i % 10}'
-        axes.errorbar(x, y, yerr=spread, fmt='o', capsize=3, color=color)
-        above = 6 if i % 2 else -12
-        axes.annotate(
-            record['method'], (x, y), xytext=(6, above), textcoords='offset points', color=color
-        )
-    axes.set_xscale('log')
-    most = max(record['trained_parameters'] for record in records)
-    least = min(record['trained_parameters'] for record in records)
-    axes.set_xlim(least / 2, 10 ** (math.log10(most) + 0.5))
-    axes.set_xlabel('trained parameters')
-    axes.set_ylabel('accuracy on the test set, %')
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    figure.savefig(path)

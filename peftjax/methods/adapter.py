@@ -42,7 +42,8 @@ class Adapter(Method):
       activation: one of `gelu`, `gelu_tanh`, `identity`, `relu`, `silu`, `tanh`.
       scale: a number, `learned` (one number) or `channel` (one for each output).
       norm: a layer norm `before` the network, `after` it over the sum with `y`, `both`, or none.
-      gate: multiply by `sigmoid(z @ gate + bias)`, averaged over the tokens of each row.
+      gate: multiply by `sigmoid(z @ gate + bias)`, averaged over the tokens of each example, which
+        are the dimensions of `z` between the first and the outputs.
       initial: `identity` (`up = 0`, uniform `down`: He et al. 2022), `bert` (all weights
         N(0, 0.02)), `houlsby` (normal of deviation 0.01, cut at two deviations).
       dtype: of phi.
@@ -155,12 +156,10 @@ class Adapter(Method):
         stack, made = len(site.stack), (*site.stack, *site.outputs)
         factors, spans = {}, {}
         for name, array in phi.items():
-            inner = name in ('down_bias', 'gate_bias') or array.ndim == stack
             if name == 'up':
                 array = jnp.moveaxis(array, stack, -1)
-            if array.ndim == stack:
-                array = array[..., None]
-            axes = site.stack if inner else made
+            hidden = name in ('down_bias', 'gate_bias') or array.ndim == stack
+            axes = site.stack if hidden else made
             factors[name], spans[name] = place(array, axes, site.rank), frozenset(axes)
         return StandIn.over(site, w, factors, spans, Bottleneck(self))
 
@@ -192,7 +191,10 @@ class Bottleneck(OutputRule):
         h = ACTIVATIONS[method.activation](h + at.on_hidden(h, 'down_bias'))
         u = at.write(h, 'up')
         u = u + at.on_output(u, 'up_bias')
-        u = self._scaled(at, u, h)
+        if isinstance(method.scale, str):
+            u = u * at.on_output(u, 'scale')
+        elif method.scale != 1:
+            u = u * method.scale
         if method.gate:
             u = u * self._opening(at, z)
         out = y + u.astype(y.dtype)
@@ -210,19 +212,12 @@ class Bottleneck(OutputRule):
             )
         return z.astype(y.dtype)
 
-    def _scaled(self, at: At, u: Array, h: Array) -> Array:
-        scale = self.method.scale
-        if scale == 'channel':
-            return u * at.on_output(u, 'scale')
-        if scale == 'learned':
-            return u * at.on_hidden(h, 'scale')
-        return u if scale == 1 else u * scale
-
     def _opening(self, at: At, z: Array) -> Array:
-        """The gate: one number for each row."""
+        """The gate: one number for each example, or for each of its rows at an expert."""
         g = at.read(z, 'gate')
-        g = jax.nn.sigmoid(g + at.on_hidden(g, 'gate_bias'))
-        return jnp.mean(g, axis=-2, keepdims=True)
+        g = at.use.spread(jax.nn.sigmoid(g + at.on_hidden(g, 'gate_bias')), z)
+        others = [axis for axis in range(z.ndim) if axis not in at.use.outputs(z)]
+        return jnp.mean(g, others[len(at.use.batch) + 1 :], keepdims=True)
 
 
 def _normalized(at: At, x: Array, side: str, epsilon: float = 1e-5) -> Array:

@@ -15,7 +15,7 @@ from peftjax._lowrank import (
     pair_factors,
     scale_of,
 )
-from peftjax._method import At, Method, Rule
+from peftjax._method import At, Method, Rule, float32
 from peftjax._sites import Site
 from peftjax._standin import StandIn, place
 from peftjax._types import Array, Path, Phi
@@ -88,7 +88,7 @@ class Dora(Method):
         factors, spans = pair_factors(site, phi)
         norm = _norm(w.dense() if isinstance(w, StandIn) else w, phi, site, scale)
         made = (*site.stack, *site.outputs)
-        factors['gain'] = place(phi['m'] / norm, made, site.rank)
+        factors['gain'] = place(float32(phi['m']) / norm, made, site.rank)
         spans['gain'] = frozenset(made)
         dropout = dropout_factor(self.dropout, key, site, factors, spans)
         return StandIn.over(site, w, factors, spans, Decomposed(LowRank(scale, dropout)))
@@ -135,16 +135,20 @@ def _square(w: Array, site: Site) -> Array:
 
 
 def _norm(w: Array, phi: Phi, site: Site, scale: float) -> Array:
-    """Norm of `w + scale * a @ b` over the inputs, from products of the size of the factors."""
+    """Norm of `w + scale * a @ b` over the inputs, from products of the size of the factors.
+
+    Of an output without weights, whose magnitude is zero too, it counts as one.
+    """
     names, stack, ins, out = _letters(site)
-    w, a, b = (jax.lax.stop_gradient(x) for x in (w, phi['a'], phi['b']))
+    w, a, b = jax.lax.stop_gradient((w, float32(phi['a']), float32(phi['b'])))
     both = f'{stack}{out}'
     wa = _sum(f'{names},{stack}{ins}r->{stack}r{out}', w, a.astype(w.dtype))
     aa = _sum(f'{stack}{ins}r,{stack}{ins}s->{stack}rs', a, a)
     cross = _sum(f'{stack}r{out},{stack}r{out}->{both}', wa, b)
     inner = _sum(f'{stack}rs,{stack}s{out}->{stack}r{out}', aa, b)
     low = _sum(f'{stack}r{out},{stack}r{out}->{both}', inner, b)
-    return jnp.sqrt(_square(w, site) + 2 * scale * cross + scale**2 * low)
+    square = _square(w, site) + 2 * scale * cross + scale**2 * low
+    return jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
 def _sum(spec: str, *terms: Array) -> Array:

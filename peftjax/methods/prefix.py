@@ -38,8 +38,10 @@ class PrefixTuning(Method):
       tokens: regex for the argument with token ids: a position (`'0'`), a keyword, or a path into
         one (`'0/input_ids'`).
       dummy: the id that holds the places; not the padding id where positions are counted from ids.
-      fill: what other arguments that go with the tokens get at the virtual places, by name.
-      shift: whether an argument of positions counts the virtual tokens in front.
+      fill: what other arguments that go with the tokens get at the virtual places, by name; usual
+        names (`attention_mask`, `token_type_ids`, …) are known. `None` leaves an argument as it is.
+      shift: whether real tokens count those in front in an argument of positions; none are in front
+        of them where the virtual tokens lie at the back.
       deviation: of the normal distribution that a direct prefix starts from.
       dtype: of phi.
 
@@ -76,7 +78,7 @@ class PrefixTuning(Method):
     side: str = 'front'
     tokens: str = '0'
     dummy: int = 0
-    fill: tuple[tuple[str, int | float], ...] = ()
+    fill: tuple[tuple[str, int | float | None], ...] = ()
     shift: bool = True
     deviation: float = 1.0
     dtype: str = 'float32'

@@ -34,8 +34,9 @@ class PromptTuning(Method):
         keyword, or a path into one (`'0/input_ids'`).
       dummy: the id that holds the places; not the padding id where positions are counted from ids.
       fill: what other arguments that go with the tokens get at the virtual places, by name; usual
-        names (`attention_mask`, `token_type_ids`, …) are known.
-      shift: whether an argument of positions counts the virtual tokens in front.
+        names (`attention_mask`, `token_type_ids`, …) are known. `None` leaves an argument as it is.
+      shift: whether real tokens count those in front in an argument of positions; none are in front
+        of them where the virtual tokens lie at the back.
       initial: `vocabulary` (rows of the table drawn without replacement), `random` (normal, with
         the deviation of the table; uniform in ±0.5 at a named value), or token ids.
       dtype: of phi.
@@ -65,7 +66,7 @@ class PromptTuning(Method):
     side: str = 'front'
     tokens: str = '0'
     dummy: int = 0
-    fill: tuple[tuple[str, int | float], ...] = ()
+    fill: tuple[tuple[str, int | float | None], ...] = ()
     shift: bool = True
     initial: str | tuple[int, ...] = 'vocabulary'
     dtype: str = 'float32'

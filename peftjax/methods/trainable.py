@@ -37,6 +37,6 @@ class Trainable(LeafMethod):
     kinds: ClassVar[tuple[str, ...]] = tuple(kind for kind in KINDS if kind != 'named')
 
     def select(self, sites: Sites) -> tuple[Site, ...]:
-        """See `Method`; leaves of whole numbers are left alone."""
-        found = super().select(sites)
-        return tuple(site for site in found if jnp.issubdtype(site.dtype, jnp.inexact))
+        """See `Method`; leaves of whole numbers cannot be trained."""
+        real = tuple(site for site in sites if jnp.issubdtype(site.dtype, jnp.inexact))
+        return super().select(dataclasses.replace(sites, all=real))

@@ -1,0 +1,129 @@
+"""What the commands take."""
+
+import argparse
+from typing import Any, NoReturn
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    whole = argparse.ArgumentParser(
+        prog='peftjax', description='Parameter-efficient fine-tuning for any JAX function.'
+    )
+    commands = whole.add_subparsers(dest='command', required=True, metavar='command')
+    for add in (_compare, _tune, _predict, _inspect):
+        add(commands)
+    return whole
+
+
+def _compare(commands: Any) -> None:
+    about = 'compare ways of adapting an encoder on a few labeled examples'
+    sub = commands.add_parser('compare', help=about, description=about)
+    _model(sub)
+    _examples(sub)
+    sub.add_argument(
+        '--shots', type=_count, default=10, help='training examples of each label (%(default)s)'
+    )
+    sub.add_argument(
+        '--seeds', type=_seeds, default='0,1,2', help='comma-separated numbers (%(default)s)'
+    )
+    _training(sub)
+    sub.add_argument(
+        '--methods', action=_Methods, help='comma-separated; `list` prints them all and ends'
+    )
+    sub.add_argument('--out', default='runs/compare', help='folder for the results (%(default)s)')
+    sub.add_argument('--overwrite', action='store_true', help='replace earlier results in --out')
+
+
+def _tune(commands: Any) -> None:
+    about = 'adapt an encoder by one method and save the adapter'
+    sub = commands.add_parser('tune', help=about, description=about)
+    _model(sub)
+    _examples(sub)
+    sub.add_argument(
+        '--shots', type=_count, help='take only so many examples of each label (all of them)'
+    )
+    sub.add_argument(
+        '--seed', type=int, default=0, help='of sampling, order and dropout (%(default)s)'
+    )
+    _training(sub)
+    sub.add_argument(
+        '--method',
+        action=_Methods,
+        default='lora',
+        help='`list` prints them all and ends (%(default)s)',
+    )
+    sub.add_argument('--rate', type=float, help="learning rate (the method's own)")
+    sub.add_argument('--out', required=True, help='folder for the adapter')
+    sub.add_argument('--overwrite', action='store_true', help='replace an earlier adapter in --out')
+
+
+def _predict(commands: Any) -> None:
+    about = 'label new text with a saved adapter'
+    sub = commands.add_parser('predict', help=about, description=about)
+    sub.add_argument('adapter', help='folder that tune or compare left')
+    sub.add_argument('text', nargs='*', help='texts to label; otherwise --file or standard input')
+    sub.add_argument('--file', help='one text a line')
+    sub.add_argument('--model', help='folder or hub name of the model, where it has moved')
+    sub.add_argument('--any-base', action='store_true', help='take a model of other weights')
+
+
+def _inspect(commands: Any) -> None:
+    about = "print a model's sites or an adapter's content"
+    sub = commands.add_parser('inspect', help=about, description=about)
+    sub.add_argument(
+        'what', nargs='?', help='folder of a model or of an adapter, or hub name (MiniLM)'
+    )
+
+
+def _model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('--model', default='', help='folder or hub name of a BERT or RoBERTa (MiniLM)')
+    sub.add_argument(
+        '--max-tokens', type=_count, default=64, help='longer texts are cut (%(default)s)'
+    )
+
+
+def _examples(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('--train', help='jsonl or csv with text and label (the shipped messages)')
+    sub.add_argument('--test', help='likewise, with the same labels')
+    sub.add_argument('--text-column', default='text', help='name of the column (%(default)s)')
+    sub.add_argument('--label-column', default='label', help='name of the column (%(default)s)')
+
+
+def _training(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        '--epochs', type=_count, default=20, help='passes over the examples (%(default)s)'
+    )
+    sub.add_argument('--batch', type=_count, default=16, help='examples of one step (%(default)s)')
+
+
+class _Methods(argparse.Action):
+    """Keeps the names of methods; `list` prints what there is and ends, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, _: Any = None):
+        if values == 'list':
+            _list_methods(parser)
+        setattr(namespace, self.dest, values)
+
+
+def _list_methods(parser: argparse.ArgumentParser) -> NoReturn:
+    from peftjax.cli._recipes import DEFAULT, RECIPES
+
+    width = max(map(len, RECIPES))
+    for recipe in RECIPES.values():
+        mark = '*' if recipe.name in DEFAULT else ' '
+        print(f'{mark} {recipe.name.ljust(width)}  {recipe.about}')
+    print('* what compare runs unless told otherwise')
+    parser.exit()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number from 1 up; got {text!r}')
+    return int(text)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(',')]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise argparse.ArgumentTypeError(f'must be different numbers from 0 up; got {text!r}')
+    return [int(part) for part in parts]

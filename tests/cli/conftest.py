@@ -1,0 +1,121 @@
+"""A tiny encoder in a Hugging Face folder, and few messages that one word decides."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import models, pre_tokenizers, processors
+
+from peftjax import cli
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'models' / 'golden' / 'bert.npz'
+POSITIONS = 'bert.embeddings.position_embeddings.weight'
+SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]']
+THINGS = ['train', 'room', 'card', 'parcel', 'phone', 'garden']
+PATTERNS = {'ask': 'where is the {}', 'leave': 'please cancel my {}', 'praise': 'such a good {}'}
+
+
+class Here(NamedTuple):
+    """What the commands are given, and where they leave things."""
+
+    folder: pathlib.Path
+    model: str
+    train: str
+    test: str
+
+    @property
+    def inputs(self) -> list[str]:
+        """Options of compare and tune."""
+        return ['--model', self.model, '--train', self.train, '--test', self.test]
+
+
+def write_model(folder: pathlib.Path) -> str:
+    """Writes a BERT of two layers with a tokenizer of whole words."""
+    folder.mkdir()
+    with np.load(GOLDEN) as golden:
+        weights = {
+            k.removeprefix('weights/'): golden[k] for k in golden if k.startswith('weights/')
+        }
+        config = json.loads(str(golden['config'])) | {'max_position_embeddings': 40}
+    noise = np.random.default_rng(0).normal(size=(40, 12))
+    weights[POSITIONS] = noise.astype(np.float32) * 0.3
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / 'model.safetensors'
+    )
+    (folder / 'config.json').write_text(json.dumps(config))
+    words = {word for text in PATTERNS.values() for word in text.split()} - {'{}'}
+    vocabulary = [*SPECIAL, *sorted(words), *THINGS]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token='[UNK]'))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(name, ids[name]) for name in ('[CLS]', '[SEP]')]
+    tokenizer.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', None, ends)
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    return str(folder)
+
+
+def write_messages(path: pathlib.Path, things: list[str]) -> str:
+    """Writes a message of each label for each thing."""
+    rows = [
+        {'text': text.format(thing), 'label': label}
+        for label, text in PATTERNS.items()
+        for thing in things
+    ]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope='session')
+def here(tmp_path_factory) -> Here:
+    folder = tmp_path_factory.mktemp('cli')
+    return Here(
+        folder,
+        write_model(folder / 'model'),
+        write_messages(folder / 'train.jsonl', THINGS[:4]),
+        write_messages(folder / 'test.jsonl', THINGS[4:]),
+    )
+
+
+class Ran(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def peftjax(capsys):
+    """Runs a command in this process: `peftjax('tune', '--out', folder)`."""
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def compared(here) -> pathlib.Path:
+    """The folder of one comparison."""
+    out = here.folder / 'compared'
+    some = ['--methods', 'frozen,lora,prompt', '--epochs', '1', '--seeds', '3', '--shots', '2']
+    assert cli.main(['compare', *here.inputs, *some, '--batch', '4', '--out', str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope='session')
+def tuned(here) -> pathlib.Path:
+    """The folder of one adapter, trained until it knows the labels."""
+    out = here.folder / 'tuned'
+    some = ['--epochs', '30', '--batch', '12', '--rate', '0.02', '--seed', '1']
+    assert cli.main(['tune', *here.inputs, *some, '--out', str(out)]) == 0
+    return out

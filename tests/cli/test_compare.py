@@ -1,0 +1,99 @@
+import json
+import struct
+
+import pytest
+
+from peftjax import checkpoint
+from peftjax.cli._recipes import DEFAULT, RECIPES
+
+FEW = ('--shots', 2, '--epochs', 1, '--seeds', 0, '--methods')
+
+
+def test_it_leaves_table_picture_json_and_adapters(compared):
+    assert {path.name for path in compared.iterdir()} == {
+        'results.json', 'table.txt', 'accuracy.png', 'adapters',
+    }  # fmt: skip
+    head, _, *rows = (compared / 'table.txt').read_text().splitlines()
+    columns = 'method', 'trained', '% of model', 'on disk', 'steps/s', 'peak', 'accuracy'
+    assert all(column in head for column in columns)
+    assert [row.split()[0] for row in rows] == ['frozen', 'lora', 'prompt']
+    picture = (compared / 'accuracy.png').read_bytes()
+    assert picture[:8] == b'\x89PNG\r\n\x1a\n'
+    assert min(struct.unpack('>II', picture[16:24])) > 500
+
+
+def test_the_json_file_says_what_was_done(compared):
+    found = json.loads((compared / 'results.json').read_text())
+    assert found['options']['seeds'] == [3]
+    assert {'jax', 'peftjax', 'python'} <= set(found['versions'])
+    frozen, lora, prompt = found['methods']
+    assert lora['trained_parameters'] == 2 * 2 * (12 * 8 + 8 * 12) + 12 * 3 + 3
+    assert prompt['trained_parameters'] == 10 * 12 + 12 * 3 + 3
+    assert lora['steps'] == 2 and frozen['steps'] == 0
+    assert lora['learning_rate'] == RECIPES['lora'].rate
+    for record in found['methods']:
+        assert 0 <= record['accuracy_mean'] <= 100
+        assert record['accuracy_sd'] is None
+        assert record['bytes_on_disk'] > 4 * record['trained_parameters']
+        assert record['peak_bytes'] > 0
+
+
+def test_each_adapter_is_saved_with_its_task(compared, here):
+    folders = sorted(path.name for path in (compared / 'adapters').iterdir())
+    assert folders == ['frozen-seed3', 'lora-seed3', 'prompt-seed3']
+    loaded = checkpoint.load(compared / 'adapters' / 'lora-seed3')
+    assert loaded.metadata['labels'] == ['ask', 'leave', 'praise']
+    assert loaded.metadata['model'] == here.model
+    assert loaded.metadata['settings']['rate'] == RECIPES['lora'].rate
+    assert loaded.fingerprint is not None
+
+
+def test_earlier_results_are_kept_unless_told_otherwise(peftjax, here, tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    ran = peftjax('compare', *here.inputs, *FEW, 'frozen', '--out', tmp_path)
+    assert (ran.code, ran.out) == (2, '')
+    assert f'{tmp_path} exists and is not empty' in ran.err
+    for seed in (1, 2):
+        again = (*here.inputs, *FEW, 'frozen', '--seeds', seed, '--out', tmp_path, '--overwrite')
+        assert peftjax('compare', *again).code == 0
+    assert [path.name for path in (tmp_path / 'adapters').iterdir()] == ['frozen-seed2']
+    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+
+
+def test_nothing_is_left_where_the_model_cannot_be_loaded(peftjax, here, tmp_path):
+    files = ('--train', here.train, '--test', here.test)
+    ran = peftjax('compare', *files, '--model', tmp_path / 'none', '--out', tmp_path / 'out')
+    assert ran.code == 2 and 'no such model folder' in ran.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_list_prints_all_methods_and_ends(peftjax):
+    ran = peftjax('compare', '--methods', 'list')
+    assert (ran.code, ran.err) == (0, '')
+    *rows, _ = ran.out.splitlines()
+    assert [row.split()[-len(row.split()) + row.startswith('*')] for row in rows] == list(RECIPES)
+    assert [row.split()[1] for row in rows if row.startswith('*')] == list(DEFAULT)
+    assert peftjax('tune', '--method', 'list').out == ran.out
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('--methods', 'lora,lorra'), "unknown method 'lorra'. Methods: frozen, "),
+        (('--methods', 'lora,lora'), 'a method twice'),
+        (('--shots', '9'), "every class needs at least shots=9 examples: 'ask' has 4"),
+        (('--shots', '0'), "must be a whole number from 1 up; got '0'"),
+        (('--shots', 'few'), "must be a whole number from 1 up; got 'few'"),
+        (('--seeds', '1,1'), "must be different numbers from 0 up; got '1,1'"),
+        (('--seeds', '0,x'), "must be different numbers from 0 up; got '0,x'"),
+    ],
+)
+def test_what_makes_no_sense_is_said(peftjax, here, tmp_path, arguments, message):
+    ran = peftjax('compare', *here.inputs, '--out', tmp_path / 'out', *arguments)
+    assert ran.code == 2 and message in ran.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_own_training_examples_need_test_examples(peftjax, here, tmp_path):
+    ran = peftjax('compare', '--train', here.train, '--out', tmp_path / 'out')
+    assert ran.code == 2 and '--train goes with --test' in ran.err

@@ -1,0 +1,148 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from peftjax import checkpoint
+from peftjax.cli import _fit
+
+TEXTS = ('where is the phone', 'please cancel my garden', 'such a good phone')
+
+
+def test_an_adapter_labels_new_text(peftjax, tuned):
+    ran = peftjax('predict', tuned, *TEXTS)
+    assert (ran.code, ran.err) == (0, '')
+    lines = [json.loads(line) for line in ran.out.splitlines()]
+    assert [line['text'] for line in lines] == list(TEXTS)
+    assert [line['label'] for line in lines] == ['ask', 'leave', 'praise']
+    assert all(1 / 3 < line['probability'] <= 1 for line in lines)
+
+
+def test_texts_come_from_a_file_or_standard_input(peftjax, tuned, tmp_path, monkeypatch):
+    direct = peftjax('predict', tuned, *TEXTS).out
+    (tmp_path / 'texts').write_text('\n'.join(TEXTS) + '\n\n')
+    assert peftjax('predict', tuned, '--file', tmp_path / 'texts').out == direct
+    monkeypatch.setattr('sys.stdin', io.StringIO('\r\n'.join(TEXTS)))
+    assert peftjax('predict', tuned).out == direct
+
+
+def test_the_accuracy_is_that_of_the_test_file(peftjax, here, tuned, tmp_path):
+    rows = [json.loads(line) for line in open(here.test)]
+    (tmp_path / 'texts').write_text('\n'.join(row['text'] for row in rows))
+    lines = peftjax('predict', tuned, '--file', tmp_path / 'texts').out.splitlines()
+    right = [json.loads(line)['label'] == row['label'] for line, row in zip(lines, rows)]
+    args = ('--epochs', 30, '--batch', 12, '--rate', 0.02, '--seed', 1, '--out', tmp_path / 'same')
+    ran = peftjax('tune', *here.inputs, *args)
+    assert f'accuracy on {len(rows)} test messages: {100 * np.mean(right):.1f} %' in ran.out
+    first, again = checkpoint.load(tuned).phi, checkpoint.load(tmp_path / 'same').phi
+    assert str(first) == str(again), 'the same command makes the same adapter'
+
+
+def test_the_probe_is_a_method_too(peftjax, here, tmp_path):
+    files = ('--model', here.model, '--train', here.train)
+    ran = peftjax('tune', *files, '--method', 'frozen', '--out', tmp_path / 'probe')
+    assert ran.code == 0 and 'accuracy' not in ran.out
+    assert peftjax('predict', tmp_path / 'probe', *TEXTS).out.count('"label"') == 3
+
+
+def test_inspect_shows_an_adapter(peftjax, here, tuned):
+    ran = peftjax('inspect', tuned)
+    assert ran.code == 0
+    assert 'body: Lora(' in ran.out and 'head: Trainable(' in ran.out
+    assert 'bert/encoder/layer/attention/self/query/kernel' in ran.out
+    assert here.model in ran.out and '"praise"' in ran.out
+
+
+def test_inspect_shows_the_sites_of_a_model(peftjax, here):
+    ran = peftjax('inspect', here.model)
+    assert ran.code == 0
+    assert 'encoder/layer/attention/self/query/kernel' in ran.out and 'linear' in ran.out
+
+
+def test_inspect_says_what_it_takes(peftjax, tmp_path):
+    ran = peftjax('inspect', tmp_path)
+    assert ran.code == 2 and 'neither a model' in ran.err
+
+
+def test_an_adapter_is_replaced_only_when_told(peftjax, here, tuned, tmp_path):
+    mine = tmp_path / 'mine'
+    shutil.copytree(tuned, mine)
+    args = (*here.inputs, '--method', 'frozen', '--out', mine)
+    before = checkpoint.load(mine).metadata
+    ran = peftjax('tune', *args)
+    assert (ran.code, ran.out) == (2, '') and 'exists and is not empty' in ran.err
+    assert checkpoint.load(mine).metadata == before
+    assert peftjax('tune', *args, '--overwrite').code == 0
+    assert checkpoint.load(mine).metadata['method'] == 'frozen'
+
+
+def test_what_is_no_adapter_is_never_replaced(peftjax, here, tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    ran = peftjax('tune', *here.inputs, '--method', 'frozen', '--out', tmp_path, '--overwrite')
+    assert ran.code == 2 and 'only a saved adapter is replaced' in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+
+
+def test_a_loss_that_is_not_finite_is_an_error(peftjax, here, tmp_path):
+    few = ('--shots', 2, '--epochs', 3, '--batch', 2)
+    ran = peftjax('tune', *here.inputs, *few, '--rate', 1e30, '--out', tmp_path / 'out')
+    assert ran.code == 2
+    assert 'lora: the loss must stay finite' in ran.err and '1e+30' in ran.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_another_model_is_refused_unless_told(peftjax, here, tuned, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    other = shutil.copytree(here.model, tmp_path / 'other')
+    weights = load_file(other / 'model.safetensors')
+    save_file({k: w + np.float32(0.1) for k, w in weights.items()}, other / 'model.safetensors')
+    ran = peftjax('predict', tuned, TEXTS[0], '--model', other)
+    assert ran.code == 2 and 'the base must be the one that phi was trained on' in ran.err
+    assert peftjax('predict', tuned, TEXTS[0], '--model', other, '--any-base').code == 0
+
+
+def test_a_model_that_has_moved_is_named(peftjax, here, tuned, tmp_path):
+    moved = shutil.copytree(here.model, tmp_path / 'moved')
+    args = ('tune', '--model', moved, '--train', here.train, '--method', 'frozen')
+    assert peftjax(*args, '--out', tmp_path / 'out').code == 0
+    shutil.move(moved, tmp_path / 'elsewhere')
+    ran = peftjax('predict', tmp_path / 'out', TEXTS[0])
+    assert ran.code == 2 and str(moved) in ran.err and '--model' in ran.err
+    assert (
+        peftjax('predict', tmp_path / 'out', TEXTS[0], '--model', tmp_path / 'elsewhere').code == 0
+    )
+
+
+def test_one_method_at_a_time(peftjax, here, tmp_path):
+    ran = peftjax('tune', *here.inputs, '--method', 'lora,ia3', '--out', tmp_path / 'out')
+    assert ran.code == 2 and 'tune takes one method' in ran.err
+
+
+def test_predict_says_what_is_missing(peftjax, tuned, tmp_path):
+    assert 'no such file' in peftjax('predict', tuned, '--file', tmp_path / 'none').err
+    (tmp_path / 'empty').write_text('\n')
+    assert 'no text to label' in peftjax('predict', tuned, '--file', tmp_path / 'empty').err
+    (tmp_path / 'latin').write_bytes('où'.encode('latin-1'))
+    assert 'must be UTF-8' in peftjax('predict', tuned, '--file', tmp_path / 'latin').err
+    ran = peftjax('predict', tmp_path / 'none', 'text')
+    assert ran.code == 2 and 'no saved folder' in ran.err
+
+
+def test_interrupting_ends_with_130(peftjax, here, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_fit.Fitter, 'fit', interrupt)
+    ran = peftjax('tune', *here.inputs, '--out', tmp_path / 'out')
+    assert ran.code == 130 and ran.err == 'peftjax tune: interrupted\n'
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('method', ['prefix', 'adapter', 'full'])
+def test_other_methods_make_the_round_trip(peftjax, here, tmp_path, method):
+    few = ('--shots', 1, '--epochs', 1, '--method', method, '--out', tmp_path / method)
+    assert peftjax('tune', *here.inputs, *few).code == 0
+    assert peftjax('predict', tmp_path / method, TEXTS[0]).code == 0
