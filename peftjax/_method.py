@@ -205,4 +205,6 @@ def stacked_keys(key: Array, site: Site) -> Array:
 
 def float32(w: Any) -> Array:
     """An array wide enough to compute with."""
-    return jnp.asarray(w).astype(jnp.promote_types(jnp.asarray(w).dtype, jnp.float32))
+    w = jnp.asarray(w)
+    wide = jnp.issubdtype(w.dtype, jnp.inexact) and jnp.finfo(w.dtype).bits >= 32
+    return w if wide else w.astype(jnp.float32)

@@ -223,8 +223,7 @@ def load(
 def _known(methods: Sequence[type[Method]]) -> dict[str, type]:
     """The classes that a file may name."""
     known: dict[str, type] = {'Peft': Peft, 'Chain': Chain, 'Site': Site}
-    rooms = [m for m in vars(_methods).values() if inspect.ismodule(m)]
-    for found in [one for room in (_methods, *rooms) for one in vars(room).values()]:
+    for found in vars(_methods).values():
         concrete = isinstance(found, type) and not inspect.isabstract(found)
         if concrete and issubclass(found, Method):
             known[found.__name__] = found

@@ -254,7 +254,7 @@ def shard_map_columns() -> Case:
         in_specs=(P(None, 'model'), P()),
         out_specs=P(None, 'model'),
     )
-    return bare(fn, normal(2, 6, 4, fan=6), X)
+    return bare(fn, normal(2, 6, 4, fan=6), X, meshed=True)
 
 
 @APPLIES
@@ -266,7 +266,7 @@ def shard_map_rows() -> Case:
         in_specs=(P('model', None), P(None, 'model')),
         out_specs=P(),
     )
-    return bare(fn, normal(2, 6, 4, fan=6), X)
+    return bare(fn, normal(2, 6, 4, fan=6), X, meshed=True)
 
 
 @APPLIES
@@ -278,4 +278,4 @@ def shard_map_data() -> Case:
         in_specs=(P(), P('data')),
         out_specs=P('data'),
     )
-    return bare(fn, normal(2, 6, 4, fan=6), normal(0, 4, 6))
+    return bare(fn, normal(2, 6, 4, fan=6), normal(0, 4, 6), meshed=True)

@@ -67,9 +67,7 @@ def linen_attention() -> Case:
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
-        h = nn.RMSNorm()(x)
-        h = nn.MultiHeadDotProductAttention(num_heads=2, deterministic=True)(h)
-        return x + nn.Dense(8)(nn.silu(nn.Dense(6)(h)))
+        return x + nn.Dense(8)(nn.silu(nn.Dense(6)(nn.RMSNorm()(x))))
 
 
 class Scanned(nn.Module):
@@ -183,12 +181,11 @@ def pytree_output() -> Case:
 class Net(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(7, 8, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
         self.norm = nnx.LayerNorm(8, rngs=rngs)
         self.head = nnx.Linear(8, 5, rngs=rngs)
 
     def __call__(self, tokens):
-        return self.head(self.norm(self.attention(self.embed(tokens))))
+        return self.head(self.norm(self.embed(tokens)))
 
 
 @APPLIES

@@ -12,10 +12,10 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from zoo import Zoo, ids, normal
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from zoo import Zoo, ids, normal
 
 from peftjax import models
 

@@ -106,13 +106,12 @@ class Case:
 
     def base(self, params: Any = None) -> Any:
         """Output of the model, with other parameters where given."""
-        run = lambda params: self._call(self.apply_fn, params)
-        return jax.jit(run)(self.params if params is None else params)
+        return self._call(self.apply_fn, self.params if params is None else params)
 
     def forward(self, phi: Any = None) -> Any:
         """Output of the wrapped model, with another phi where given."""
-        run = lambda params, phi: self._call(self.peft.wrap(self.apply_fn), params, phi)
-        return jax.jit(run)(self.params, self.phi() if phi is None else phi)
+        phi = self.phi() if phi is None else phi
+        return self._call(self.peft.wrap(self.apply_fn), self.params, phi)
 
     def loss_and_gradients(self) -> tuple[Any, Tensors]:
         """mean(out**2), and its gradients with respect to the stored tensors."""
@@ -124,10 +123,10 @@ class Case:
             phi = self.phi(tensors)
             if self.returns_virtual_tokens:
                 return self._call(self.peft.wrap(inside), self.params, phi)
-            forward = self.peft.wrap(self.apply_fn)
-            return jnp.mean(jnp.square(self._call(forward, self.params, phi)))
+            return jnp.mean(jnp.square(self.forward(phi)))
 
-        return jax.jit(jax.value_and_grad(loss))(self.tensors)
+        # Not jitted: these models are so small that compiling them takes longer.
+        return jax.value_and_grad(loss)(self.tensors)
 
     @property
     def returns_virtual_tokens(self) -> bool:

@@ -18,22 +18,37 @@ from methods_under_test import CONVOLUTION, EVERYWHERE, EXPERTS, RAGGED
 
 import peftjax as pj
 
-ATTENTION = ('plain', 'scanned', 'linen', 'flax_nnx', 'equinox', 'encoder')
-PAIRS = [
-    *((method, model) for model in ATTENTION for method in EVERYWHERE),
-    *((method, 'experts') for method in EXPERTS),
-    *((method, 'ragged') for method in RAGGED),
-    *((method, 'convolution') for method in CONVOLUTION),
-]
+ATTENTION = ('linen', 'plain', 'scanned', 'flax_nnx', 'equinox', 'encoder')
 TABLES = {'experts': EXPERTS, 'ragged': RAGGED, 'convolution': CONVOLUTION}
-SEAMS = ('lora_patterns', 'dora', 'ia3', 'adapter_options', 'prompt', 'prefix_named_projected')
+OTHERS = [(method, model) for model, table in TABLES.items() for method in table]
+ALL = [*((method, model) for model in ATTENTION for method in EVERYWHERE), *OTHERS]
+HARD = [
+    *((method, 'linen') for method in EVERYWHERE),
+    *((method, ATTENTION[1 + i % 5]) for i, method in enumerate(EVERYWHERE)),
+    *OTHERS,
+]
+"""Every method on the model with everything at once, and each on one of the others in turn."""
 
+SMALL = [
+    *((method, 'flax_nnx') for method in EVERYWHERE),
+    *(('lora', model) for model in ATTENTION if model != 'flax_nnx'),
+    *(pair for pair in OTHERS if pair[1] != 'ragged'),
+]
+"""Every method on a model of one block, and every model."""
 
-def few(model: str) -> list[tuple[str, str]]:
-    """Every method on one model, and every kind of apply function."""
-    others = [('lora_all', other) for other in ATTENTION if other != model]
-    return [pair for pair in PAIRS if pair[1] in (model, *TABLES) or pair in others]
-
+SEAMS = [
+    ('lora_patterns', 'flax_nnx'),
+    ('lora', 'scanned'),
+    ('lora', 'experts'),
+    ('dora', 'convolution'),
+    ('dora_over_lora', 'flax_nnx'),
+    ('ia3', 'flax_nnx'),
+    ('adapter_options', 'flax_nnx'),
+    ('prompt', 'flax_nnx'),
+    ('prefix_named_projected', 'flax_nnx'),
+    ('norms', 'flax_nnx'),
+]
+"""Every seam. JAX has no vmap of `ragged_dot` yet, and no second derivative."""
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -114,20 +129,11 @@ def close(left: Any, right: Any, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max() + 1e-3))
 
 
-each_pair = pytest.mark.parametrize(('method', 'model'), PAIRS)
-each_scanned = pytest.mark.parametrize(('method', 'model'), few('scanned'))
-# JAX has no vmap of ragged_dot yet, and no second derivative
-each_nnx = pytest.mark.parametrize(
-    ('method', 'model'), [pair for pair in few('flax_nnx') if pair[1] != 'ragged']
-)
-each_seam = pytest.mark.parametrize(
-    ('method', 'model'),
-    [*((method, 'flax_nnx') for method in (*SEAMS, 'norms')), ('lora', 'scanned'), ('dora', 'convolution')],
-)
+pairs = lambda chosen: pytest.mark.parametrize(('method', 'model'), chosen)
 each_method = pytest.mark.parametrize('method', EVERYWHERE)
 
 
-@each_pair
+@pairs(HARD)
 def test_a_fresh_phi_changes_nothing_where_it_is_claimed(method, model):
     p = pair(method, model)
     out = p.forward(p.model.params, p.fresh, p.model.inputs)
@@ -141,7 +147,7 @@ def test_a_fresh_phi_changes_nothing_where_it_is_claimed(method, model):
             assert not jnp.allclose(out, base(model), atol=1e-4)
 
 
-@each_pair
+@pairs(HARD)
 def test_the_merged_model_is_the_forward_or_merge_says_why_not(method, model):
     p = pair(method, model)
     if not all(part.mergeable for _, part in p.method.parts):
@@ -160,7 +166,7 @@ def _shaped(leaf: Any) -> tuple[Any, ...]:
     return leaf.shape, leaf.dtype
 
 
-@each_scanned
+@pairs(SMALL)
 def test_only_phi_learns_and_all_of_it(method, model):
     p = pair(method, model)
     params, wanted = p.model.params, 0.9 * base(model)
@@ -190,7 +196,7 @@ def test_only_phi_learns_and_all_of_it(method, model):
     assert all(jax.tree.leaves(moved)), moved
 
 
-@each_pair
+@pairs(HARD)
 def test_the_second_call_does_not_trace_again(method, model):
     p = pair(method, model)
     p.forward(p.model.params, p.fresh, p.model.inputs)
@@ -199,14 +205,14 @@ def test_the_second_call_does_not_trace_again(method, model):
     assert len(p.traces) == count
 
 
-@each_nnx
+@pairs(SEAMS)
 def test_jit_makes_no_difference(method, model):
     p = pair(method, model)
     eager = p.peft.wrap(p.model.fn)(p.model.params, p.phi, p.model.inputs)
     close(eager, p.forward(p.model.params, p.phi, p.model.inputs), 2e-6)
 
 
-@each_pair
+@pairs(ALL)
 def test_a_bfloat16_base_stays_bfloat16(method, model):
     p = pair(method, model)
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), p.model.params)
@@ -241,7 +247,7 @@ def promotions(jaxpr: Any) -> Iterator[tuple[Any, ...]]:
             yield eqn.primitive.name, *(v.aval.shape for v in eqn.outvars)
 
 
-@each_pair
+@pairs(HARD)
 def test_phi_can_be_planned_without_arrays(method, model):
     p = pair(method, model)
     params = jax.eval_shape(lambda: p.model.params)
@@ -253,7 +259,7 @@ def test_phi_can_be_planned_without_arrays(method, model):
     assert 'total' in str(peft)
 
 
-@each_nnx
+@pairs(SEAMS)
 def test_vmap_over_phi_is_a_loop(method, model):
     p = pair(method, model)
     params, ids = p.model.params, p.model.inputs
@@ -263,7 +269,7 @@ def test_vmap_over_phi_is_a_loop(method, model):
     close(forward(params, stack, ids), jnp.stack(loop), 1e-5)
 
 
-@each_seam
+@pairs(SEAMS)
 def test_second_order_gradients_are_finite(method, model):
     p = pair(method, model)
 
@@ -278,7 +284,7 @@ def test_second_order_gradients_are_finite(method, model):
     assert any(g.any() for g in grads)
 
 
-@each_nnx
+@pairs(SEAMS)
 def test_one_seed_gives_one_phi(method, model):
     p = pair(method, model)
     same(p.peft.init(jax.random.key(1), p.model.params), p.fresh)
@@ -286,13 +292,18 @@ def test_one_seed_gives_one_phi(method, model):
     close(under_jit, p.fresh, 1e-6)
 
 
-@each_method
+@pytest.mark.parametrize('method', [name for name in EVERYWHERE if name != 'everything'])
 def test_phi_of_a_path_does_not_depend_on_what_else_is_adapted(method):
     p = pair(method, 'plain')
-    other = pj.Ia3(target='head/kernel') if method != 'everything' else pj.NormTuning()
-    peft = pj.attach(
-        pj.chain(second=p.method, first=other), p.model.fn, p.model.params, p.model.inputs
-    )
+    both = pj.chain(first=pj.Lora(rank=1, target='head/kernel'), second=p.method)
+    peft = pj.attach(both, p.model.fn, p.model.params, p.model.inputs)
+    same(peft.init(jax.random.key(1), p.model.params)['second'], p.fresh)
+
+
+def test_twice_the_same_method_on_one_path_starts_from_two_phis():
+    p = pair('lora_twice', 'plain')
+    first, second = (p.fresh[name]['layers/0/query/kernel']['a'] for name in ('lora', 'lora_2'))
+    assert not jnp.allclose(first[:, 0], second[:, 0])
 
 
 @each_method
@@ -306,7 +317,7 @@ def test_a_method_is_a_value(method):
 
 @each_method
 def test_phi_is_a_plain_tree_of_arrays(method):
-    phi = pair(method, 'scanned').fresh
+    phi = pair(method, 'linen').fresh
     leaves, structure = jax.tree.flatten(phi)
     same(jax.tree.unflatten(structure, leaves), phi)
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
@@ -322,7 +333,7 @@ def _only_dicts(tree: Any) -> None:
 
 @each_method
 def test_phi_may_be_bfloat16(method):
-    p = pair(method, 'scanned')
+    p = pair(method, 'linen')
     phi = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p.phi)
     out = p.forward(p.model.params, phi, p.model.inputs)
     assert out.dtype == jnp.float32
@@ -332,7 +343,7 @@ def test_phi_may_be_bfloat16(method):
 
 @each_method
 def test_the_dtype_of_phi_is_a_field(method):
-    p = pair(method, 'scanned')
+    p = pair(method, 'linen')
     if isinstance(p.method, pj.Chain) or not hasattr(p.method, 'dtype'):
         pytest.skip('the method has no dtype of its own')
     chosen = dataclasses.replace(p.method, dtype='bfloat16')

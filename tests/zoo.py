@@ -26,6 +26,9 @@ class Case:
       tolerance: relative to the largest value, against the merged model.
       reverse: whether JAX can differentiate it in reverse mode.
       forward: whether JAX can differentiate it in forward mode.
+      twice: whether JAX can differentiate it twice.
+      mapped: whether JAX can vmap it.
+      meshed: whether it has a mesh of its own, to which its arguments are copied.
       notes: what is special.
     """
 
@@ -38,6 +41,9 @@ class Case:
     tolerance: float = 1e-5
     reverse: bool = True
     forward: bool = True
+    twice: bool = True
+    mapped: bool = True
+    meshed: bool = False
     notes: str = ''
 
     @property

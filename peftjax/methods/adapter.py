@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import _paths
-from peftjax._method import At, Method, OutputRule, site_key
+from peftjax._method import At, Method, OutputRule, float32, site_key
 from peftjax._sites import Site
 from peftjax._standin import StandIn, place
 from peftjax._types import Array, Path, Phi
@@ -223,7 +223,7 @@ class Bottleneck(OutputRule):
 def _normalized(at: At, x: Array, side: str, epsilon: float = 1e-5) -> Array:
     """Layer norm over the outputs."""
     axes = at.use.outputs(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = float32(x)
     mean = wide.mean(axes, keepdims=True)
     variance = jnp.square(wide - mean).mean(axes, keepdims=True)
     normal = ((wide - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)

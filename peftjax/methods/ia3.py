@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from peftjax import _paths
-from peftjax._method import At, Method, OutputRule, Rule
+from peftjax._method import At, Method, OutputRule, Rule, float32
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn, place
 from peftjax._types import Array, Path, Phi
@@ -88,10 +88,11 @@ class Ia3(Method):
                 f'{site.path!r} is used in several ways: scaling it for one would change the others. '
                 'Keep phi'
             )
-        scaled = leaves[site.path] * place(phi['l'], self._axes(site), site.rank)
+        scale = float32(phi['l'])
+        scaled = leaves[site.path] * place(scale, self._axes(site), site.rank)
         if self._feeds_forward(site):
             return {site.path: scaled}
-        return {site.path: scaled, **{path: leaves[path] * phi['l'] for path in site.bias}}
+        return {site.path: scaled, **{path: leaves[path] * scale for path in site.bias}}
 
     def _feeds_forward(self, site: Site) -> bool:
         return bool(self.feedforward) and _paths.matches(self.feedforward, site.path)

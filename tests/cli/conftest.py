@@ -1,9 +1,12 @@
 """A tiny encoder in a Hugging Face folder, and few messages that one word decides."""
 
+import contextlib
+import io
 import json
 import pathlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -43,9 +46,7 @@ def write_model(folder: pathlib.Path) -> str:
         config = json.loads(str(golden['config'])) | {'max_position_embeddings': 40}
     noise = np.random.default_rng(0).normal(size=(40, 12))
     weights[POSITIONS] = noise.astype(np.float32) * 0.3
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / 'model.safetensors'
-    )
+    save_file(jax.tree.map(np.ascontiguousarray, weights), folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(config))
     words = {word for text in PATTERNS.values() for word in text.split()} - {'{}'}
     vocabulary = [*SPECIAL, *sorted(words), *THINGS]
@@ -80,6 +81,12 @@ def here(tmp_path_factory) -> Here:
     )
 
 
+def call(*arguments: object) -> int:
+    """Runs a command in this process; optax's schedules rely on promotion."""
+    with jax.numpy_dtype_promotion('standard'):
+        return cli.main([str(argument) for argument in arguments])
+
+
 class Ran(NamedTuple):
     """How a command ended."""
 
@@ -95,7 +102,7 @@ def peftjax(capsys):
     def run(*arguments: object) -> Ran:
         capsys.readouterr()
         try:
-            code = cli.main([str(argument) for argument in arguments])
+            code = call(*arguments)
         except SystemExit as end:
             code = int(end.code or 0)
         return Ran(code, *capsys.readouterr())
@@ -107,15 +114,27 @@ def peftjax(capsys):
 def compared(here) -> pathlib.Path:
     """The folder of one comparison."""
     out = here.folder / 'compared'
-    some = ['--methods', 'frozen,lora,prompt', '--epochs', '1', '--seeds', '3', '--shots', '2']
-    assert cli.main(['compare', *here.inputs, *some, '--batch', '4', '--out', str(out)]) == 0
+    some = ('--methods', 'frozen,lora,prompt', '--epochs', 1, '--seeds', 3, '--shots', 2)
+    assert call('compare', *here.inputs, *some, '--batch', 4, '--out', out) == 0
     return out
+
+
+class Tuned(NamedTuple):
+    """One adapter, trained until it knows the labels, and what the command said."""
+
+    folder: pathlib.Path
+    said: str
 
 
 @pytest.fixture(scope='session')
-def tuned(here) -> pathlib.Path:
-    """The folder of one adapter, trained until it knows the labels."""
-    out = here.folder / 'tuned'
-    some = ['--epochs', '30', '--batch', '12', '--rate', '0.02', '--seed', '1']
-    assert cli.main(['tune', *here.inputs, *some, '--out', str(out)]) == 0
-    return out
+def tuned_once(here) -> Tuned:
+    out, said = here.folder / 'tuned', io.StringIO()
+    some = ('--epochs', 150, '--batch', 12, '--rate', 0.02, '--seed', 1)
+    with contextlib.redirect_stdout(said):
+        assert call('tune', *here.inputs, *some, '--out', out) == 0
+    return Tuned(out, said.getvalue())
+
+
+@pytest.fixture
+def tuned(tuned_once) -> pathlib.Path:
+    return tuned_once.folder

@@ -1,6 +1,7 @@
 """Clear errors: exit code 2 and one message, whatever is wrong with what was given."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_a_label_that_training_does_not_know(refused, here, tmp_path):
 
 def test_columns_can_be_named(peftjax, here, tmp_path):
     rename = {'text': 'words', 'label': 'act'}
-    table = [json.loads(line) for line in open(here.train)]
+    table = [json.loads(line) for line in pathlib.Path(here.train).read_text().splitlines()]
     train = rows(tmp_path / 't.jsonl', *({rename[k]: v for k, v in row.items()} for row in table))
     names = ('--text-column', 'words', '--label-column', 'act')
     args = ('--model', here.model, '--train', train, *names, '--out', tmp_path / 'out')

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from matplotlib.text import Text
 
 from peftjax.cli import _picture
 
@@ -21,15 +22,14 @@ def records(spread):
 
 @pytest.mark.parametrize('spread', [None, 0.0, 2.5])
 def test_names_cover_nothing(tmp_path, monkeypatch, spread):
-    seen = []
-    inner = _picture._label
+    seen, label = [], _picture._label
     monkeypatch.setattr(
-        _picture, '_label', lambda axes, found: seen.append(axes) or inner(axes, found)
+        _picture, '_label', lambda axes, rows: seen.append(axes) or label(axes, rows)
     )
     _picture.draw(tmp_path / 'a.png', records(spread), 'twelve methods')
     (axes,) = seen
     renderer = axes.figure.canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == [row[0] for row in ALIKE]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     points = [axes.transData.transform(row[1:]) for row in ALIKE]

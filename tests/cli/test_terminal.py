@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -21,6 +22,7 @@ say('table')
 
 def test_a_terminal_gets_a_bar():
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     ran = subprocess.run([sys.executable, '-c', BAR], stdout=theirs, stderr=theirs, check=True)
     os.close(theirs)
     assert ran.returncode == 0
@@ -30,7 +32,7 @@ def test_a_terminal_gets_a_bar():
     assert 'lora  75.0' in shown and 'table' in shown
 
 
-def test_a_pipe_gets_plain_lines(capfd):
+def test_a_pipe_gets_plain_lines():
     ran = subprocess.run([sys.executable, '-c', BAR], capture_output=True, text=True, check=True)
     assert (ran.stdout, ran.stderr) == ('lora  75.0\ntable\n', '')
 

@@ -1,14 +1,17 @@
 import io
 import json
+import pathlib
 import shutil
 
+import jax
 import numpy as np
-import pytest
 
-from peftjax import checkpoint
-from peftjax.cli import _fit
+from peftjax import checkpoint, data
+from peftjax.cli._fit import Fitter, Settings
+from peftjax.cli._recipes import chosen
+from peftjax.cli._task import load_task
 
-TEXTS = ('where is the phone', 'please cancel my garden', 'such a good phone')
+TEXTS = ('where is the train', 'please cancel my room', 'such a good card')
 
 
 def test_an_adapter_labels_new_text(peftjax, tuned):
@@ -28,16 +31,16 @@ def test_texts_come_from_a_file_or_standard_input(peftjax, tuned, tmp_path, monk
     assert peftjax('predict', tuned).out == direct
 
 
-def test_the_accuracy_is_that_of_the_test_file(peftjax, here, tuned, tmp_path):
-    rows = [json.loads(line) for line in open(here.test)]
+def test_the_accuracy_is_that_of_the_test_file(peftjax, here, tuned_once, tmp_path):
+    folder, said = tuned_once
+    rows = [json.loads(line) for line in pathlib.Path(here.test).read_text().splitlines()]
     (tmp_path / 'texts').write_text('\n'.join(row['text'] for row in rows))
-    lines = peftjax('predict', tuned, '--file', tmp_path / 'texts').out.splitlines()
-    right = [json.loads(line)['label'] == row['label'] for line, row in zip(lines, rows)]
-    args = ('--epochs', 30, '--batch', 12, '--rate', 0.02, '--seed', 1, '--out', tmp_path / 'same')
-    ran = peftjax('tune', *here.inputs, *args)
-    assert f'accuracy on {len(rows)} test messages: {100 * np.mean(right):.1f} %' in ran.out
-    first, again = checkpoint.load(tuned).phi, checkpoint.load(tmp_path / 'same').phi
-    assert str(first) == str(again), 'the same command makes the same adapter'
+    lines = peftjax('predict', folder, '--file', tmp_path / 'texts').out.splitlines()
+    right = [
+        json.loads(line)['label'] == row['label'] for line, row in zip(lines, rows, strict=True)
+    ]
+    assert f'accuracy on {len(rows)} test messages: {100 * np.mean(right):.1f} %' in said
+    assert '150 steps in ' in said and 'bert/encoder/layer/attention/self/query/kernel' in said
 
 
 def test_the_probe_is_a_method_too(peftjax, here, tmp_path):
@@ -109,11 +112,10 @@ def test_a_model_that_has_moved_is_named(peftjax, here, tuned, tmp_path):
     args = ('tune', '--model', moved, '--train', here.train, '--method', 'frozen')
     assert peftjax(*args, '--out', tmp_path / 'out').code == 0
     shutil.move(moved, tmp_path / 'elsewhere')
-    ran = peftjax('predict', tmp_path / 'out', TEXTS[0])
+    args = ('predict', tmp_path / 'out', TEXTS[0])
+    ran = peftjax(*args)
     assert ran.code == 2 and str(moved) in ran.err and '--model' in ran.err
-    assert (
-        peftjax('predict', tmp_path / 'out', TEXTS[0], '--model', tmp_path / 'elsewhere').code == 0
-    )
+    assert peftjax(*args, '--model', tmp_path / 'elsewhere').code == 0
 
 
 def test_one_method_at_a_time(peftjax, here, tmp_path):
@@ -135,14 +137,21 @@ def test_interrupting_ends_with_130(peftjax, here, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_fit.Fitter, 'fit', interrupt)
+    monkeypatch.setattr(Fitter, 'fit', interrupt)
     ran = peftjax('tune', *here.inputs, '--out', tmp_path / 'out')
     assert ran.code == 130 and ran.err == 'peftjax tune: interrupted\n'
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('method', ['prefix', 'adapter', 'full'])
-def test_other_methods_make_the_round_trip(peftjax, here, tmp_path, method):
-    few = ('--shots', 1, '--epochs', 1, '--method', method, '--out', tmp_path / method)
-    assert peftjax('tune', *here.inputs, *few).code == 0
-    assert peftjax('predict', tmp_path / method, TEXTS[0]).code == 0
+def test_the_same_seed_makes_the_same_adapter(here):
+    (recipe,) = chosen('adapter')
+    train = data.load_labelled(here.train)
+    with jax.numpy_dtype_promotion('standard'):
+        task = load_task(here.model, train.names, 16)
+        tokens, settings = task.encode(train.texts), Settings(epochs=2, batch=4)
+        fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], 6)
+        fits = [fitter.fit(tokens, train.labels, seed, lambda: None) for seed in (1, 1, 2)]
+    first, again, other = (jax.tree.leaves(fit.phi) for fit in fits)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert not all((a == b).all() for a, b in zip(first, other, strict=True))
+    assert fits[0].compile_seconds > 0 == fits[1].compile_seconds
