@@ -45,7 +45,7 @@ class Pending:
     value: Array
     steps: tuple[tuple[At, Array, Rule], ...]
     moves: tuple[tuple[Callable[[Array], Array], Callable[[Array], Array]], ...] = ()
-    bias: tuple[Path, ...] = ()
+    bias: tuple[StandIn, ...] = ()
 
     @property
     def parents(self) -> set[Path]:
@@ -151,7 +151,8 @@ def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 def _same_size(at: At, bias: StandIn) -> bool:
     """Whether a leaf has one number for each output of a use."""
     made = (at.view.shape[d] for d in (*at.use.batch, *at.use.free))
-    return math.prod(bias.shape) == math.prod(made)
+    own = (n for n, label in zip(bias.shape, bias.dims, strict=True) if label)
+    return math.prod(own) == math.prod(made)
 
 
 class _Frame:
@@ -301,9 +302,10 @@ class _Frame:
         if self.ctx.recorder is None or name not in ELEMENTWISE or len(views) != 1:
             return None
         (i,) = views
-        view, other = values[i], self.settle(eqn.invars[1 - i])
-        if not view.shape or jnp.shape(other):
+        view, var = values[i], eqn.invars[1 - i]
+        if not view.shape or var.aval.shape:
             return None
+        other = self.settle(var)
         (w,) = _bind(eqn, [view.w, other] if i == 0 else [other, view.w])
         return [dataclasses.replace(view, w=w, rule=view.rule.within(f'enters {name}'))]
 
@@ -327,11 +329,11 @@ class _Frame:
         }:
             return None
         if isinstance(right.rule, Recorder):
-            fits = any(_same_size(at, right) for at, _, _ in left.steps)
-            if not fits or not right.rule.elementwise(right, 'add', left.value.shape):
+            if not any(_same_size(at, right) for at, _, _ in left.steps):
                 return None
+            right.rule.bias(right, left.value.shape)
         (value,) = _bind(eqn, [left.value, right.dense()])
-        return [dataclasses.replace(left, value=value, bias=(*left.bias, right.path))]
+        return [dataclasses.replace(left, value=value, bias=(*left.bias, right))]
 
     def _use(self, eqn: Any) -> Sequence[Any] | None:
         """The linear use of a weight."""
@@ -607,11 +609,12 @@ def _specs(view: Any, spec: PartitionSpec) -> Any:
     if not isinstance(view, StandIn):
         return spec
     axes = (*spec, *(None,) * (len(view.dims) - len(spec)))
-    factors = {
-        name: PartitionSpec(*(a if full else None for a, full in zip(axes, view.full(name))))
-        for name in view.factors
-    }
-    return dataclasses.replace(view, w=_specs(view.w, spec), factors=factors)
+    laid = {}
+    for name, order in view.orders:
+        full = view.full(name)
+        where = {order[d]: axis for d, axis in enumerate(axes) if full[d]}
+        laid[name] = PartitionSpec(*(where.get(d) for d in range(len(order))))
+    return dataclasses.replace(view, w=_specs(view.w, spec), laid=laid)
 
 
 _CALLS: dict[str, Callable[[_Frame, Any], Sequence[Any]]] = {

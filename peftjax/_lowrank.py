@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from peftjax._method import At, Rule, site_key, stacked_keys
 from peftjax._sites import Site
-from peftjax._standin import StandIn, place
+from peftjax._standin import Laid, StandIn, lay
 from peftjax._types import Array, Path, Phi
 
-Factors = dict[str, Array]
+Factors = dict[str, Array | Laid]
 Spans = dict[str, frozenset[int]]
 
 
@@ -94,12 +94,10 @@ def fresh_pair(method: Any, key: Array, site: Site) -> dict[str, Array]:
 
 
 def pair_factors(site: Site, phi: Phi) -> tuple[Factors, Spans]:
-    """`a` and `b` in broadcast form, and the leaf axes that each depends on."""
-    stack = len(site.stack)
-    b = jnp.moveaxis(phi['b'], stack, -1)
+    """`a` and `b` as they lie along the leaf, and the leaf axes that each depends on."""
     factors = {
-        'a': place(phi['a'], (*site.stack, *site.inputs), site.rank),
-        'b': place(b, (*site.stack, *site.outputs), site.rank),
+        'a': lay(phi['a'], (*site.stack, *site.inputs, None), site.rank),
+        'b': lay(phi['b'], (*site.stack, None, *site.outputs), site.rank),
     }
     spans = {
         'a': frozenset((*site.stack, *site.inputs)),
@@ -114,7 +112,7 @@ def dropout_factor(
     """Adds the keys of dropout to the factors, if it is on; returns its probability."""
     if key is None or not probability:
         return 0.0
-    factors['key'] = place(stacked_keys(key, site), site.stack, site.rank)
+    factors['key'] = lay(stacked_keys(key, site), site.stack, site.rank)
     spans['key'] = frozenset(site.stack)
     return probability
 

@@ -24,13 +24,13 @@ class At:
       use: the equation, as geometry.
       view: the stand-in that arrived there.
       source: finds the value of a named value near this place.
-      bias: paths of the biases already added to the output.
+      bias: the biases already added to the output.
     """
 
     use: Use
     view: StandIn
     source: Callable[[str], Array]
-    bias: tuple[Path, ...] = ()
+    bias: tuple[StandIn, ...] = ()
 
     def _factor(self, name: str, like: Array) -> Array:
         return self.view.factors[name].astype(like.dtype)

@@ -56,6 +56,10 @@ class Recorder(Rule):
         self._note(view, ELEMENTWISE[primitive], (), range(len(view.dims)), (), output, '')
         return True
 
+    def bias(self, view: StandIn, output: tuple[int, ...]) -> None:
+        """Notes a leaf that is added to the output of its own layer."""
+        self._note(view, 'bias', (), range(len(view.dims)), (), output, '')
+
     def elsewhere(self, view: StandIn, why: str, output: tuple[int, ...]) -> None:
         """Notes that only the dense leaf will do."""
         self._note(view, 'other', (), (), (), output, self.opaque or why)
@@ -91,7 +95,7 @@ class Recorder(Rule):
         kind: str,
         contract: Sequence[int],
         free: Sequence[int],
-        bias: tuple[Path, ...],
+        bias: tuple[StandIn, ...],
         output: tuple[int, ...],
         why: str,
     ) -> None:
@@ -102,6 +106,7 @@ class Recorder(Rule):
         if inputs & outputs or not (inputs or outputs):
             # the trace gives no meaning to the axes: the last two are read as a matrix
             inputs, outputs = set(range(max(rank - 2, 0), rank - 1)), set(range(rank)[-1:])
+        added = {one.path: self._axes(one) for one in bias}
         site = Site(
             path=view.path,
             kind=kind,
@@ -110,11 +115,17 @@ class Recorder(Rule):
             stack=tuple(d for d in range(rank) if d not in inputs | outputs),
             inputs=tuple(sorted(inputs)),
             outputs=tuple(sorted(outputs)),
-            bias=tuple(sorted(set(bias))),
+            bias=tuple(added),
+            bias_axes=tuple(added.values()),
             output=tuple(output),
             dense=why,
         )
         self.sites.setdefault(site)
+
+    def _axes(self, view: StandIn) -> tuple[int, ...]:
+        """The axes of a leaf: those that are gone by now, then the others as they lie."""
+        here = [axis for label in view.dims for axis in sorted(label)]
+        return (*(d for d in range(len(self.shapes[view.path])) if d not in here), *here)
 
 
 def distinct(recorder: Recorder) -> tuple[Site, ...]:
@@ -123,8 +134,17 @@ def distinct(recorder: Recorder) -> tuple[Site, ...]:
     for site in recorder.sites:
         key = (site.path, site.kind, site.inputs, site.outputs)
         before = found.setdefault(key, site)
-        bias = tuple(sorted({*before.bias, *site.bias}))
-        found[key] = dataclasses.replace(before, bias=bias, dense=before.dense or site.dense)
+        added = {
+            path: axes
+            for s in (before, site)
+            for path, axes in zip(s.bias, s.bias_axes, strict=True)
+        }
+        found[key] = dataclasses.replace(
+            before,
+            bias=tuple(added),
+            bias_axes=tuple(added.values()),
+            dense=before.dense or site.dense,
+        )
     uses = Counter(site.path for site in found.values())
     order = {path: i for i, path in enumerate(recorder.shapes)}
     sites = [dataclasses.replace(s, shared=uses[s.path] > 1) for s in found.values()]

@@ -25,6 +25,7 @@ class Site:
       inputs: the axes summed over (for a lookup: the axis of rows).
       outputs: the axes produced.
       bias: paths of the leaves of the same module that are added to the output.
+      bias_axes: for each of them its axes, those of stacked layers first.
       output: shape of the output in the traced call, for one layer.
       dense: why the efficient path cannot be taken, else empty.
       shared: whether the leaf has other uses than this one.
@@ -40,6 +41,7 @@ class Site:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     bias: tuple[Path, ...] = ()
+    bias_axes: tuple[tuple[int, ...], ...] = ()
     output: tuple[int, ...] = ()
     dense: str = ''
     shared: bool = False

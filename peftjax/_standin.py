@@ -1,9 +1,9 @@
 """The stand-in: a pytree that stands where a weight stood."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 Axes: TypeAlias = frozenset[int]
 
 
+class Laid(NamedTuple):
+    """A factor as phi has it, and how to transpose it into broadcast form.
+
+    It stays so until it is moved: a scan slices it as it lies, and nothing is copied.
+    """
+
+    array: Array
+    order: tuple[int, ...]
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=['w', 'factors'],
-    meta_fields=['dims', 'spans', 'rule', 'path'],
+    data_fields=['w', 'laid'],
+    meta_fields=['dims', 'spans', 'rule', 'path', 'orders'],
 )
 @dataclasses.dataclass(frozen=True)
 class StandIn:
@@ -32,32 +42,45 @@ class StandIn:
 
     Attributes:
       w: the weight as it stands now, or the stand-in of the method below; `None` at a named value.
-      factors: arrays in broadcast form (see `_layout`), extra dimensions last.
+      laid: the factors as they lie in memory.
       dims: for each current dimension of the weight, the leaf axes that it is made of.
       spans: for each factor, the leaf axes that it depends on.
       rule: what the method does at the use.
       path: where the leaf lies.
+      orders: for each factor, the transposition that brings it into broadcast form.
     """
 
     w: Any
-    factors: dict[str, Array]
+    laid: dict[str, Array]
     dims: _layout.Labels
     spans: tuple[tuple[str, Axes], ...]
     rule: 'Rule'
     path: Path
+    orders: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @classmethod
     def over(
         cls,
         site: 'Site',
         w: Any,
-        factors: dict[str, Array],
-        spans: dict[str, Axes],
+        factors: Mapping[str, Array | Laid],
+        spans: Mapping[str, Axes],
         rule: 'Rule',
     ) -> 'StandIn':
-        """A stand-in at the leaf of a site, before anything moved it."""
+        """A stand-in at the leaf of a site, before anything moved it.
+
+        Args:
+          site: where.
+          w: the leaf, or the stand-in of the method below.
+          factors: in broadcast form, or laid.
+          spans: for each factor, the leaf axes that it depends on.
+          rule: what the method does at the use.
+        """
         dims = tuple(frozenset({d}) for d in range(site.rank))
-        return cls(w, factors, dims, tuple(spans.items()), rule, site.path)
+        laid = {name: f if isinstance(f, Laid) else _formed(f) for name, f in factors.items()}
+        orders = tuple((name, f.order) for name, f in laid.items())
+        arrays = {name: f.array for name, f in laid.items()}
+        return cls(w, arrays, dims, tuple(spans.items()), rule, site.path, orders)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +92,16 @@ class StandIn:
         """Dtype of the weight as it stands now."""
         return self.w.dtype
 
+    @property
+    def factors(self) -> dict[str, Array]:
+        """The factors in broadcast form (see `_layout`), extra dimensions last."""
+        return {name: jnp.transpose(self.laid[name], order) for name, order in self.orders}
+
+    def _with(self, laid: Mapping[str, Laid], **changes: Any) -> 'StandIn':
+        arrays = {name: f.array for name, f in laid.items()}
+        orders = tuple((name, f.order) for name, f in laid.items())
+        return dataclasses.replace(self, laid=arrays, orders=orders, **changes)
+
     def full(self, name: str) -> _layout.Full:
         """For each dimension, whether a factor has its full size there."""
         axes = dict(self.spans)[name]
@@ -77,27 +110,30 @@ class StandIn:
     def move(self, layout: _layout.Layout, on_weight: Callable[[Any], Any]) -> 'StandIn | None':
         """Applies a layout operation; `None` if a factor has no broadcast form after it."""
         moved = {name: layout.move(f, self.full(name)) for name, f in self.factors.items()}
-        if any(f is None for f in moved.values()):
+        formed = {name: _formed(f) for name, f in moved.items() if f is not None}
+        if len(formed) < len(moved):
             return None
         below = self.w.move(layout, on_weight) if isinstance(self.w, StandIn) else on_weight(self.w)
         if below is None:
             return None
-        return dataclasses.replace(self, w=below, factors=moved, dims=layout.dims)
+        return self._with(formed, w=below, dims=layout.dims)
 
     def lead(self) -> 'StandIn':
         """The same, with factors that `lax.scan` can slice along the first dimension."""
-        length = self.shape[0]
-        wide = {
-            name: jnp.broadcast_to(f, (length, *f.shape[1:])) if f.shape[0] != length else f
-            for name, f in self.factors.items()
-        }
+        length, orders, wide = self.shape[0], dict(self.orders), {}
+        for name, f in self.factors.items():
+            if orders[name][0] == 0 and f.shape[0] == length:
+                wide[name] = Laid(self.laid[name], orders[name])
+            else:
+                wide[name] = _formed(jnp.broadcast_to(f, (length, *f.shape[1:])))
         below = self.w.lead() if isinstance(self.w, StandIn) else self.w
-        return dataclasses.replace(self, w=below, factors=wide)
+        return self._with(wide, w=below)
 
     def body(self) -> 'StandIn':
         """What `lax.scan` hands to its body: the first dimension is gone."""
         below = self.w.body() if isinstance(self.w, StandIn) else self.w
-        return dataclasses.replace(self, w=below, dims=self.dims[1:])
+        orders = tuple((name, tuple(d - 1 for d in order[1:])) for name, order in self.orders)
+        return dataclasses.replace(self, w=below, dims=self.dims[1:], orders=orders)
 
     def dense(self) -> Array:
         """The adapted weight as an array."""
@@ -106,12 +142,12 @@ class StandIn:
 
     def outer(self, left: str, right: str, dtype: Any) -> Array:
         """The product of two factors over their one extra dimension, in the weight's shape."""
-        rank = len(self.dims)
+        rank, factors = len(self.dims), self.factors
         terms = []
         for name in (left, right):
             full = self.full(name)
             kept = tuple(d for d in range(rank) if full[d])
-            squeezed = jnp.squeeze(self.factors[name], tuple(set(range(rank)) - set(kept)))
+            squeezed = jnp.squeeze(factors[name], tuple(set(range(rank)) - set(kept)))
             terms += [squeezed.astype(dtype), (*kept, rank)]
         both = sorted(set(terms[1] + terms[3]) - {rank})
         product = jnp.einsum(*terms, both)
@@ -119,7 +155,22 @@ class StandIn:
         return jnp.broadcast_to(jnp.expand_dims(product, missing), self.shape)
 
 
-def place(array: Array, axes: tuple[int, ...], rank: int) -> Array:
+def lay(array: Array, axes: Sequence[int | None], rank: int) -> Laid:
+    """Says how a factor lies along a leaf.
+
+    Args:
+      array: with one dimension for each of `axes`.
+      axes: the leaf axis that each dimension goes along, each below `rank`; `None` for extra ones.
+      rank: the number of dimensions of the leaf.
+    """
+    missing = [d for d in range(rank) if d not in axes]
+    along = (*axes, *missing)
+    extra = (i for i, axis in enumerate(axes) if axis is None)
+    order = (*(along.index(d) for d in range(rank)), *extra)
+    return Laid(jnp.reshape(array, (*array.shape, *(1,) * len(missing))), order)
+
+
+def place(array: Array, axes: Sequence[int], rank: int) -> Array:
     """Brings a factor into broadcast form.
 
     Args:
@@ -130,8 +181,10 @@ def place(array: Array, axes: tuple[int, ...], rank: int) -> Array:
     Returns:
       `(*leaf dimensions, *extra)`, of size one along the other leaf axes.
     """
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
-    array = jnp.transpose(array, (*order, *range(len(axes), array.ndim)))
-    sizes = dict(zip(sorted(axes), array.shape, strict=False))
-    shape = [sizes.get(d, 1) for d in range(rank)]
-    return jnp.reshape(array, (*shape, *array.shape[len(axes) :]))
+    laid = lay(array, (*axes, *(None,) * (array.ndim - len(axes))), rank)
+    return jnp.transpose(laid.array, laid.order)
+
+
+def _formed(array: Array) -> Laid:
+    """A factor that is in broadcast form."""
+    return Laid(array, tuple(range(array.ndim)))

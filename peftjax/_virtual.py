@@ -114,8 +114,8 @@ class Virtual:
             return self.pad(leaf, leaf.ndim - 1, True)
         raise ValueError(
             f'virtual tokens need a value in every argument that goes with the tokens; {path!r} of '
-            f'shape {leaf.shape} has none. Say it: fill=(({path!r}, value),), value None if it has nothing to do with '
-            'tokens'
+            f'shape {leaf.shape} has none. Say it: fill=(({path!r}, value),), with None for an '
+            'argument that has nothing to do with tokens'
         )
 
     def _positions(self, leaf: Array) -> Array:

@@ -204,7 +204,7 @@ class NnxModel(nnx.Module):
 
     def __call__(self, ids):
         part = lambda layer, name, x: getattr(self, name)(x)
-        return transformer(part, self.wte(ids), ['only'])
+        return transformer(part, self.wte.embedding[...][ids], ['only'])
 
 
 @MODELS

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,14 @@ NAMED = {
 }
 
 
+class Outcome(NamedTuple):
+    """What a case comes to."""
+
+    out: Any
+    loss: Any
+    gradients: Tensors
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A stored adapter in our terms; `tensors`, `grads`, `merged` by names after `SPELLING`."""
@@ -113,20 +121,20 @@ class Case:
         phi = self.phi() if phi is None else phi
         return self._call(self.peft.wrap(self.apply_fn), self.params, phi)
 
-    def loss_and_gradients(self) -> tuple[Any, Tensors]:
-        """mean(out**2), and its gradients with respect to the stored tensors."""
+    def outcome(self) -> 'Outcome':
+        """Output, loss mean(out**2), and its gradients with respect to the stored tensors."""
 
         def inside(params: Any, *args: Any, **kwargs: Any) -> Any:
-            return jnp.mean(jnp.square(self.apply_fn(params, *args, **kwargs)))
+            out = self.apply_fn(params, *args, **kwargs)
+            return jnp.mean(jnp.square(out)), out
 
         def loss(tensors: Tensors) -> Any:
-            phi = self.phi(tensors)
-            if self.returns_virtual_tokens:
-                return self._call(self.peft.wrap(inside), self.params, phi)
-            return jnp.mean(jnp.square(self.forward(phi)))
+            whole, out = self._call(self.peft.wrap(inside), self.params, self.phi(tensors))
+            return whole if self.returns_virtual_tokens else jnp.mean(jnp.square(out)), out
 
         # Not jitted: these models are so small that compiling them takes longer.
-        return jax.value_and_grad(loss)(self.tensors)
+        (value, out), gradients = jax.value_and_grad(loss, has_aux=True)(self.tensors)
+        return Outcome(out, value, gradients)
 
     @property
     def returns_virtual_tokens(self) -> bool:

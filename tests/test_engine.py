@@ -13,6 +13,10 @@ from quick import jit
 
 import peftjax as pj
 
+VARIANTS = ('conv_', 'einsum_', 'lookup_', 'take_', 'index_')
+FEWER = [name for name in APPLIES if not name.startswith(VARIANTS)]
+FEWER += ['conv_grouped', 'einsum_heads_out', 'lookup_vmapped', 'index_traced']
+
 every = pytest.mark.parametrize('name', list(APPLIES))
 
 
@@ -118,7 +122,7 @@ def test_forward_is_the_merged_model_and_traces_once(name: str):
     assert len(at.calls) == traced == 1
 
 
-@every
+@pytest.mark.parametrize('name', FEWER[::2])
 def test_eager_is_jit(name: str):
     at = ready(name)
     eager = at.wrapped(at.case.params, at.phi, at.case.x)
@@ -189,7 +193,7 @@ def along_only(loss, phi, along):
     return jax.jvp(loss, (phi,), (along,))[1]
 
 
-@every
+@pytest.mark.parametrize('name', FEWER)
 def test_jvp_and_grad_of_grad_are_those_through_the_merge(name: str):
     at = ready(name)
     if at.case.reverse and at.case.twice:
@@ -207,3 +211,82 @@ def test_jvp_and_grad_of_grad_are_those_through_the_merge(name: str):
     ours, merged = derivatives(at.phi, along, at.case.params, at.case.x)
     for one in ours:
         close(one, merged, 10 * at.case.tolerance)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def attach(fn, params, *args, target='w'):
+    return pj.attach(pj.Lora(rank=2, target=target), fn, params, *args)
+
+
+def test_a_leaf_that_is_not_used_is_an_error_with_its_path():
+    params = {'used/w': jnp.ones((6, 4)), 'idle/w': jnp.ones((6, 4))}
+    with pytest.raises(ValueError, match="'idle/w', which the traced call does not use"):
+        attach(lambda p, x: x @ p['used/w'], params, jnp.ones((3, 6)), target='idle')
+
+
+def test_a_leaf_that_lora_cannot_adapt_is_an_error_with_its_path():
+    params = {'w': jnp.ones((6, 4)), 'norm': {'scale': jnp.ones(6)}}
+    with pytest.raises(ValueError, match=r"finds only 'norm/scale' \(scale\)"):
+        attach(
+            lambda p, x: (x * p['norm']['scale'][None]) @ p['w'],
+            params,
+            jnp.ones((3, 6)),
+            target='norm',
+        )
+
+
+def test_a_rank_too_large_is_an_error_with_its_path():
+    with pytest.raises(ValueError, match="'head/w' of shape .6, 1.: rank must be at most 1"):
+        attach(lambda p, x: x @ p['head/w'], {'head/w': jnp.ones((6, 1))}, jnp.ones((3, 6)))
+
+
+def test_params_or_phi_of_another_model_are_errors_with_their_paths():
+    params, x = {'w': jnp.ones((6, 4))}, jnp.ones((3, 6))
+    fn = lambda p, x: x @ p['w']
+    peft = attach(fn, params, x)
+    phi = peft.init(jax.random.key(0), params)
+    with pytest.raises(ValueError, match=r"'w' has shape \(6, 5\), not \(6, 4\)"):
+        peft.wrap(fn)({'w': jnp.ones((6, 5))}, phi, x)
+    with pytest.raises(ValueError, match="'other' is unknown"):
+        peft.wrap(fn)({**params, 'other': x}, phi, x)
+    with pytest.raises(ValueError, match="'w/b' is missing"):
+        peft.wrap(fn)(params, {'w': {'a': phi['w']['a']}}, x)
+
+
+def test_what_is_not_an_array_in_params_is_an_error_with_its_path():
+    with pytest.raises(TypeError, match="arrays only; 'act' is"):
+        attach(lambda p, x: x @ p['w'], {'w': jnp.ones((6, 4)), 'act': jax.nn.relu}, jnp.ones(6))
+
+
+# Other functions of the same parameters -----------------------------------------------------------
+
+
+def test_one_plan_wraps_every_function_of_the_parameters():
+    params, x = {'w': jnp.eye(4) + 0.5}, jnp.arange(12.0).reshape(3, 4)
+    model = lambda p, x: x @ p['w']
+    peft = attach(model, params, x)
+    phi = randomized(peft.init(jax.random.key(0), params))
+    merged = peft.merge(params, phi)
+    loss = lambda p, x, weight, *, power: (weight * model(p, x) ** power).mean()
+    ours = peft.wrap(loss)(params, phi, x, 0.5, power=2)
+    close(ours, loss(merged, x, 0.5, power=2), 1e-5)
+
+
+def test_abstract_arguments_make_the_same_plan():
+    case = APPLIES['scan_stacked']
+    method = pj.Lora(rank=2, target=case.target)
+    shapes = jax.eval_shape(lambda *both: both, case.params, case.args)
+    planned = pj.attach(method, case.fn, shapes[0], *shapes[1])
+    assert planned == pj.attach(method, case.fn, case.params, *case.args)
+    assert hash(planned) == hash(pj.attach(method, case.fn, case.params, *case.args))
+
+
+def test_no_gradient_reaches_theta_unasked_and_none_is_stopped():
+    case = APPLIES['plain']
+    at = ready('plain')
+    loss = lambda params, x: score(at.wrapped(params, at.phi, x))
+    by_theta, by_x = jax.grad(loss, (0, 1))(case.params, case.x)
+    theirs = jax.grad(lambda params, x: score(at.merged(params, at.phi, x)), (0, 1))
+    close((by_theta, by_x), theirs(case.params, case.x), 1e-5)

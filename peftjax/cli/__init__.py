@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from peftjax.cli._options import parser
 
@@ -15,7 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-      arguments: without the program's name; by default those of the process.
+      arguments: without the program's name; by default those of the process, which Ctrl-C then
+        ends at once.
 
     Returns:
       The exit code: 0; 1 where the reader of the output went away; 2 where the request could not be
@@ -36,4 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f'peftjax {options.command}: interrupted', file=sys.stderr)
+        if arguments is None:
+            _end(INTERRUPTED)
         return INTERRUPTED
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process as it stands: torn down in the middle of its work, XLA may crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

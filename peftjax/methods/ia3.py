@@ -85,20 +85,27 @@ class Ia3(Method):
         """See `Method`; the bias is scaled with the weight."""
         if site.shared:
             raise ValueError(
-                f'{site.path!r} is used in several ways: scaling it for one would change the others. '
-                'Keep phi'
+                f'{site.path!r} is used in several ways: scaling it for one would change the '
+                'others. Keep phi'
             )
         scale = float32(phi['l'])
         scaled = leaves[site.path] * place(scale, self._axes(site), site.rank)
         if self._feeds_forward(site):
             return {site.path: scaled}
-        return {site.path: scaled, **{path: leaves[path] * scale for path in site.bias}}
+        biases = zip(site.bias, site.bias_axes, strict=True)
+        return {site.path: scaled, **{p: _along(leaves[p], scale, axes) for p, axes in biases}}
 
     def _feeds_forward(self, site: Site) -> bool:
         return bool(self.feedforward) and _paths.matches(self.feedforward, site.path)
 
     def _axes(self, site: Site) -> tuple[int, ...]:
         return (*site.stack, *(site.inputs if self._feeds_forward(site) else site.outputs))
+
+
+def _along(bias: Array, scale: Array, axes: tuple[int, ...]) -> Array:
+    """A bias times the scale of its layer, whose numbers lie along these axes of it."""
+    scale = jnp.reshape(scale, [bias.shape[axis] for axis in axes])
+    return bias * place(scale, axes, bias.ndim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -37,6 +38,21 @@ def test_a_pipe_gets_plain_lines():
     assert (ran.stdout, ran.stderr) == ('lora  75.0\ntable\n', '')
 
 
+WAITING = """
+import sys, time
+from peftjax import cli
+from peftjax.cli import _inspect
+
+def wait(options):
+    print('ready', flush=True)
+    time.sleep(60)
+
+_inspect.run = wait
+sys.argv = ['peftjax', 'inspect']
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.skipif(sys.stderr.isatty(), reason='the tests themselves run on a terminal')
 def test_a_quiet_bar_takes_all_calls():
     with progress(1) as bar:
@@ -51,3 +67,13 @@ def test_a_reader_that_goes_away_is_no_error(here):
     assert 'Traceback' not in ran.stderr.read()
     ran.stderr.close()
     assert ran.wait() == 1
+
+
+def test_interrupting_a_process_ends_it_with_130():
+    command = [sys.executable, '-c', WAITING]
+    ran = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert ran.stdout is not None
+    assert ran.stdout.readline() == 'ready\n'
+    ran.send_signal(signal.SIGINT)
+    _, error = ran.communicate(timeout=60)
+    assert (ran.returncode, error) == (130, 'peftjax inspect: interrupted\n')
