@@ -16,6 +16,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.relu(nn.Dense(64, name='up')(x))
+        x = nn.relu(nn.Dense(64, name='middle')(x))
         x = nn.Dropout(0.1, deterministic=not train)(x)
         return nn.Dense(2, name='head')(x)
 
@@ -26,12 +27,12 @@ def loss_fn(params, x, y, **how):
 
 
 module, key = Classifier(), jax.random.key(0)
-x = jax.random.normal(jax.random.key(1), (256, 2))
+x = jax.random.normal(jax.random.key(1), (256, 8))
 y = (x[:, 0] * x[:, 1] > 0).astype(jnp.int32)
 params = module.init(key, x)
 
 method = pj.chain(
-    pj.Lora(rank=8, alpha=16, target='up/kernel'), pj.Trainable(target='(up/bias|head)')
+    pj.Lora(rank=4, alpha=8, target='(up|middle)/kernel'), pj.Trainable(target='head')
 )
 peft = pj.attach(method, module.apply, params, x)
 print(peft)

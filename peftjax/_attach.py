@@ -296,6 +296,7 @@ class Peft:
         call = _Call(fn, params, args, kwargs)
         leaves, named = self._bound(call.leaves, phi, key)
         outs = evaluate(call.flat, leaves, call.inputs, Run(named, served))
+        self._check_reached(served)
         result = jax.tree.unflatten(call.out, outs)
         for room, shape in zip(rooms[::-1], shapes[::-1], strict=True):
             result = _virtual.shorten(room, shape, result)
@@ -318,6 +319,17 @@ class Peft:
                 if not isinstance(bound[path], StandIn):
                     bound[path] = _view(path, bound[path], Companion())
         return list(bound.values()), named
+
+    def _check_reached(self, served: Served) -> None:
+        """Refuses a function in which a layer to adapt is there, but not as a layer."""
+        for (_, part), chosen in zip(self.method.parts, self.sites, strict=True):
+            for path in (site.path for site in chosen if part.seam == 'output'):
+                if 'efficient' not in served.get(path, ('efficient',)):
+                    raise ValueError(
+                        f'{type(part).__name__} acts on the output of a layer, but {path!r} is '
+                        f'used in a way that has no output of its own ({", ".join(served[path])}). '
+                        'Leave the path out of the target'
+                    )
 
     def _check_params(self, params: PyTree) -> None:
         found = tuple(_shape(*pair) for pair in _paths.leaves(params).items())

@@ -15,12 +15,10 @@ KEEPS = frozenset(
         'convert_element_type',
         'copy',
         'copy_p',
-        'mesh_cast',
         'name',
         'optimization_barrier',
         'pvary',
         'reduce_precision',
-        'reshard',
         'sharding_constraint',
     )
 )
@@ -45,6 +43,8 @@ def layout(
     match name:
         case _ if name in KEEPS and not index:
             return _layout.same(dims)
+        case 'reshard' | 'mesh_cast':
+            return _layout.reshard(dims, params['dst_sharding'].spec)
         case 'transpose':
             return _layout.transpose(dims, params['permutation'])
         case 'squeeze':

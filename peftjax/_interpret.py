@@ -44,6 +44,7 @@ class Pending:
 
     value: Array
     steps: tuple[tuple[At, Array, Rule], ...]
+    where: Any
     moves: tuple[tuple[Callable[[Array], Array], Callable[[Array], Array]], ...] = ()
     bias: tuple[StandIn, ...] = ()
 
@@ -55,12 +56,13 @@ class Pending:
     def resolve(self) -> Array:
         """The output, adapted."""
         y = self.value
-        for undo, _ in reversed(self.moves):
-            y = undo(y)
-        for at, x, rule in self.steps:
-            y = rule.post(dataclasses.replace(at, bias=self.bias), x, y)
-        for _, redo in self.moves:
-            y = redo(y)
+        with self.where.manager:
+            for undo, _ in reversed(self.moves):
+                y = undo(y)
+            for at, x, rule in self.steps:
+                y = rule.post(dataclasses.replace(at, bias=self.bias), x, y)
+            for _, redo in self.moves:
+                y = redo(y)
         return y
 
 
@@ -118,6 +120,11 @@ def _bottom(value: Any) -> Any:
     return value
 
 
+def _from_below(view: Any) -> list[StandIn]:
+    """A stand-in and those below it, the lowest first."""
+    return [*_from_below(view.w), view] if isinstance(view, StandIn) else []
+
+
 def _settled(value: Any) -> Any:
     return value.resolve() if isinstance(value, Pending) else value
 
@@ -158,11 +165,12 @@ def _same_size(at: At, bias: StandIn) -> bool:
 class _Frame:
     """The evaluation of one jaxpr.
 
-    A value is an array, a stand-in, or a pending output. `place` counts named values.
+    A value is an array, a stand-in, or a pending output. `place` counts named values, `here`
+    equations.
     """
 
     def __init__(self, jaxpr: Any, consts: Sequence[Any], run: Run, place: int):
-        self.jaxpr, self.ctx, self.place = jaxpr, run, place
+        self.jaxpr, self.ctx, self.place, self.here = jaxpr, run, place, 0
         self.env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         self.waiting: list[Any] = []
         self.unmade: set[Any] = set()
@@ -170,7 +178,7 @@ class _Frame:
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """The outputs, with stand-ins and pending outputs among them."""
         self.env.update(zip(self.jaxpr.invars, arguments, strict=True))
-        for eqn in self.jaxpr.eqns:
+        for self.here, eqn in enumerate(self.jaxpr.eqns):
             named = len(_names_in(eqn))
             if self._touched(eqn, range(self.place, self.place + named)):
                 self._flush()
@@ -237,10 +245,12 @@ class _Frame:
     def _step(self, eqn: Any) -> None:
         """Evaluates one equation that something special enters."""
         call = _CALLS.get(eqn.primitive.name)
-        if call is not None:
-            outs = call(self, eqn)
-        else:
-            outs = self._move(eqn) or self._add_bias(eqn) or self._use(eqn) or self._as_arrays(eqn)
+        with eqn.ctx.manager:
+            if call is not None:
+                outs = call(self, eqn)
+            else:
+                outs = self._move(eqn) or self._add_bias(eqn) or self._use(eqn)
+                outs = outs or self._as_arrays(eqn)
         self.env.update(zip(eqn.outvars, outs, strict=True))
 
     def _as_arrays(self, eqn: Any) -> Sequence[Any]:
@@ -248,7 +258,7 @@ class _Frame:
         name = eqn.primitive.name
         values = [self.settle(v) for v in eqn.invars]
         outs = _bind(eqn, [self._operand(value, eqn) for value in values])
-        return [self._name(outs[0])] if name == 'name' else outs
+        return [self._name(eqn.outvars[0], outs[0])] if name == 'name' else outs
 
     def _operand(self, value: Any, eqn: Any) -> Any:
         """An operand of an equation that only knows arrays."""
@@ -258,18 +268,16 @@ class _Frame:
                 return value.dense()
         return self.array(value, f'enters {name}')
 
-    def _name(self, value: Array) -> Any:
+    def _name(self, var: Any, value: Array) -> Any:
         """A named value, adapted where it is a site."""
         path = self.ctx.places[self.place]
         if self.ctx.recorder is not None:
             self.ctx.recorder.named(path, value, self.ctx.stack)
-        view = self.ctx.named.get(path)
-        while view is not None:
-            free = tuple(range(len(view.dims)))
-            use = Named(lambda x, w: value, 'named', (), (), free)
-            value = view.rule.post(At(use, view, self.source), value, value)
+        for view in _from_below(self.ctx.named.get(path)):
+            self.env[var] = value  # what a later source is made of
+            use = Named(lambda x, w: x, 'named', (), (), tuple(range(len(view.dims))))
+            value = view.rule.post(At(use, view, self.near(self.here)), value, value)
             self.serve(dataclasses.replace(view, w=None), 'efficient')
-            view = view.w
         return value
 
     def _move(self, eqn: Any) -> Sequence[Any] | None:
@@ -345,8 +353,8 @@ class _Frame:
         if self.ctx.recorder is None:
             x = self.array(x, 'meets another adapted weight')
             return [self._consume(use, x, view)]
-        steps = tuple((At(use, view, self.source), x, view.rule) for use, x, view in uses)
-        return [Pending(use.run(_bottom(x), _bottom(view)), steps)]
+        steps = tuple((At(use, view, self.near(self.here)), x, view.rule) for use, x, view in uses)
+        return [Pending(use.run(_bottom(x), _bottom(view)), steps, eqn.ctx)]
 
     def _used(self, eqn: Any, values: Sequence[Any], position: int) -> tuple[Any, Any, Any] | None:
         """The use of one operand as the weight, its input, and the operand."""
@@ -365,7 +373,9 @@ class _Frame:
         """What an equation yields when a stand-in, perhaps over others, is its weight."""
         if not isinstance(w, StandIn):
             return use.run(x, w)
-        at = At(use, w, self.source)
+        at = At(use, w, self.near(self.here))
+        if w.rule.deferred and not w.rule.fits(at):
+            return self._consume(use, x, w.w)  # the method acts on another use of this leaf
         if not w.rule.fits(at):
             self.serve(w, 'dense: its factors do not lie along this use')
             return use.run(x, w.dense())
@@ -374,24 +384,34 @@ class _Frame:
         step = (at, x, w.rule)
         if isinstance(y, Pending):
             return dataclasses.replace(y, steps=(*y.steps, step))
-        return Pending(y, (step,)) if w.rule.deferred else w.rule.post(at, x, y)
+        if not w.rule.deferred:
+            return w.rule.post(at, x, y)
+        return Pending(y, (step,), self.jaxpr.eqns[self.here].ctx)
 
-    def source(self, name: str) -> Array:
-        """The value of a named value near the current equation, before or after it.
+    def near(self, here: int) -> Callable[[str], Array]:
+        """Finds the named value nearest to an equation, before or after it.
 
-        A later one is computed from what is known now, as the untouched model would.
-
-        Raises:
-          ValueError: there is none of that name in the same scope.
+        A later one is computed from what is known by then, as the untouched model would. The
+        function raises a `ValueError` where there is none of that name in the same scope.
         """
-        for eqn in self.jaxpr.eqns:
-            if eqn.primitive.name == 'name' and eqn.params['name'] == name:
-                known = self.env.get(eqn.outvars[0])
-                return known if known is not None else self._ahead(eqn.invars[0])
-        raise ValueError(
-            f'source must name a value in the same scope as the target; there is no {name!r} there. '
-            'Name it with jax.ad_checkpoint.checkpoint_name'
-        )
+
+        def source(name: str) -> Array:
+            eqns = self.jaxpr.eqns
+            found = [
+                i
+                for i, eqn in enumerate(eqns)
+                if eqn.primitive.name == 'name' and eqn.params['name'] == name
+            ]
+            if not found:
+                raise ValueError(
+                    'source must name a value in the same scope as the target; there is no '
+                    f'{name!r} there. Name it with jax.ad_checkpoint.checkpoint_name'
+                )
+            eqn = eqns[min(found, key=lambda i: abs(i - here))]
+            known = self.env.get(eqn.outvars[0])
+            return known if known is not None else self._ahead(eqn.invars[0])
+
+        return source
 
     def _ahead(self, var: Any) -> Array:
         """Evaluates what a variable that is not yet known depends on."""
@@ -613,7 +633,7 @@ def _specs(view: Any, spec: PartitionSpec) -> Any:
     for name, order in view.orders:
         full = view.full(name)
         where = {order[d]: axis for d, axis in enumerate(axes) if full[d]}
-        laid[name] = PartitionSpec(*(where.get(d) for d in range(len(order))))
+        laid[name] = PartitionSpec(*(where.get(d) for d in range(view.laid[name].ndim)))
     return dataclasses.replace(view, w=_specs(view.w, spec), laid=laid)
 
 

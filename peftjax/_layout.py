@@ -9,11 +9,13 @@ sizes adapted, moves the factor along.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from peftjax._factor import Factor
 from peftjax._types import Array
 
 Labels = tuple[frozenset[int], ...]
@@ -26,9 +28,19 @@ class Layout(NamedTuple):
 
     dims: Labels
     """Labels of the result's dimensions."""
-    move: Callable[[Array, Full], Array | None]
+    move: Callable[[Factor, Full], Factor | None]
     """Applies the operation to a factor, given which of its dimensions have full size.
     `None` where the result has no broadcast form."""
+
+
+def _formed(dims: Labels, move: Callable[[Array, Full], Array | None]) -> Layout:
+    """An operation that is done to the broadcast form of a factor."""
+
+    def on(f: Factor, full: Full) -> Factor | None:
+        moved = move(f.form(), full)
+        return None if moved is None else Factor.formed(moved)
+
+    return Layout(dims, on)
 
 
 def same(dims: Labels) -> Layout:
@@ -36,11 +48,23 @@ def same(dims: Labels) -> Layout:
     return Layout(dims, lambda f, full: f)
 
 
+def reshard(dims: Labels, spec: Sequence[Any]) -> Layout:
+    """Dimensions laid out on the mesh in another way, or on a mesh with axes of another type."""
+    axes = (*spec, *(None,) * (len(dims) - len(spec)))
+
+    def move(f: Factor, full: Full) -> Factor:
+        mine = {f.order[d]: axes[d] for d in range(len(dims)) if full[d]}
+        spec = jax.sharding.PartitionSpec(*(mine.get(d) for d in range(f.array.ndim)))
+        return Factor(jax.sharding.reshard(f.array, spec), f.order)
+
+    return Layout(dims, move)
+
+
 def transpose(dims: Labels, permutation: Sequence[int]) -> Layout:
     """Dimensions in another order."""
 
-    def move(f: Array, full: Full) -> Array:
-        return jnp.transpose(f, (*permutation, *range(len(dims), f.ndim)))
+    def move(f: Factor, full: Full) -> Factor:
+        return Factor(f.array, (*(f.order[d] for d in permutation), *f.order[len(dims) :]))
 
     return Layout(tuple(dims[d] for d in permutation), move)
 
@@ -52,7 +76,7 @@ def squeeze(dims: Labels, drop: Sequence[int]) -> Layout:
     def move(f: Array, full: Full) -> Array:
         return jnp.squeeze(f, tuple(sorted(gone)))
 
-    return Layout(tuple(label for d, label in enumerate(dims) if d not in gone), move)
+    return _formed(tuple(label for d, label in enumerate(dims) if d not in gone), move)
 
 
 def window(
@@ -68,7 +92,7 @@ def window(
         ]
         return f[tuple(index)]
 
-    return Layout(dims, move)
+    return _formed(dims, move)
 
 
 def dynamic_window(dims: Labels, start: Sequence[Array], sizes: Sequence[int]) -> Layout:
@@ -81,7 +105,7 @@ def dynamic_window(dims: Labels, start: Sequence[Array], sizes: Sequence[int]) -
         length = [n if whole else 1 for n, whole in zip(sizes, full, strict=True)]
         return lax.dynamic_slice(f, begin, (*length, *f.shape[len(dims) :]))
 
-    return Layout(dims, move)
+    return _formed(dims, move)
 
 
 def expand(dims: Labels, shape: Sequence[int], new: Sequence[int], at: Sequence[int]) -> Layout:
@@ -99,7 +123,7 @@ def expand(dims: Labels, shape: Sequence[int], new: Sequence[int], at: Sequence[
             sizes[place] = f.shape[d]
         return jnp.reshape(f, (*sizes, *f.shape[len(dims) :]))
 
-    return Layout(tuple(labels), move)
+    return _formed(tuple(labels), move)
 
 
 def reshape(dims: Labels, shape: Sequence[int], new: Sequence[int]) -> Layout | None:
@@ -123,7 +147,7 @@ def reshape(dims: Labels, shape: Sequence[int], new: Sequence[int]) -> Layout | 
                 sizes[d] = new[d] if kept == {True} else 1
         return jnp.reshape(f, (*sizes, *f.shape[len(dims) :]))
 
-    return Layout(tuple(labels), move)
+    return _formed(tuple(labels), move)
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:

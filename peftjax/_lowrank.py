@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from peftjax import _paths
+from peftjax._factor import Factor, lay
 from peftjax._method import At, Rule, site_key, stacked_keys
 from peftjax._sites import Site
-from peftjax._standin import Laid, StandIn, lay
+from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
 
-Factors = dict[str, Array | Laid]
+Factors = dict[str, Array | Factor]
 Spans = dict[str, frozenset[int]]
 
 
@@ -71,7 +72,7 @@ def rank_of(method: Any, site: Site) -> int:
 
 
 def _pattern(pairs: tuple[tuple[str, Any], ...], path: Path, default: Any) -> Any:
-    return next((value for pattern, value in pairs if re.search(pattern, path)), default)
+    return next((value for pattern, value in pairs if _paths.matches(pattern, path)), default)
 
 
 def fresh_pair(method: Any, key: Array, site: Site) -> dict[str, Array]:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peftjax import _paths
+from peftjax._factor import Factor
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi, Target
@@ -32,8 +34,8 @@ class At:
     source: Callable[[str], Array]
     bias: tuple[StandIn, ...] = ()
 
-    def _factor(self, name: str, like: Array) -> Array:
-        return self.view.factors[name].astype(like.dtype)
+    def _factor(self, name: str, like: Array) -> Factor:
+        return self.view.factor(name).astype(like.dtype)
 
     def summed(self, name: str) -> bool:
         """Whether a factor lies along the input of the use."""
@@ -45,7 +47,7 @@ class At:
 
     def down(self, x: Array, name: str, dtype: Any = None) -> Array:
         """Input to hidden."""
-        factor = self.view.factors[name].astype(dtype or x.dtype)
+        factor = self.view.factor(name).astype(dtype or x.dtype)
         return self.use.down(x, factor)
 
     def up(self, h: Array, name: str) -> Array:
@@ -100,16 +102,14 @@ class Rule(abc.ABC):
 
 
 class OutputRule(Rule):
-    """A rule of the output seam: it has no weight of its own to give."""
+    """A rule of the output seam: it leaves the weight alone."""
 
     deferred: ClassVar[bool] = True
 
     def dense(self, view: StandIn, w: Array) -> Array:
-        """Refuses: what acts on outputs is not a weight."""
-        raise ValueError(
-            f'{type(self).__name__} acts on the output of a layer, but {view.path!r} is used in a '
-            'way that has no output of its own. Leave the path out of the target'
-        )
+        """The weight below: what acts on outputs acts where the leaf is used as a layer."""
+        del view
+        return w
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +129,8 @@ class Method(abc.ABC):
     """`weight`, `output` or `leaf`."""
     mergeable: ClassVar[bool]
     """Whether phi can become part of ordinary parameters."""
+    patterned: ClassVar[tuple[str, ...]] = ()
+    """Fields of the form `((pattern, value), …)`, for settings of some sites."""
 
     def select(self, sites: Sites) -> tuple[Site, ...]:
         """The sites that this method will adapt."""
@@ -137,11 +139,14 @@ class Method(abc.ABC):
         for site in chosen:
             if self.seam == 'output' and site.path in unique:
                 raise ValueError(
-                    f'{type(self).__name__} acts on the output of a layer; {site.path!r} is used in '
-                    f'two ways ({unique[site.path].kind} and {site.kind}) with different outputs. '
-                    'Leave it out of the target'
+                    f'{type(self).__name__} acts on the output of a layer; {site.path!r} is used '
+                    f'in two ways ({unique[site.path].kind} and {site.kind}) with different '
+                    'outputs. Leave it out of the target'
                 )
             unique.setdefault(site.path, site)
+        for field in self.patterned:
+            for pattern, _ in getattr(self, field):
+                _check_found(f'{type(self).__name__}.{field}', pattern, list(unique))
         return tuple(unique.values())
 
     @abc.abstractmethod
@@ -191,6 +196,16 @@ class Method(abc.ABC):
     def parts(self) -> tuple[tuple[tuple[str, ...], 'Method'], ...]:
         """The methods that this one is made of, each with the keys of its phi."""
         return (((), self),)
+
+
+def _check_found(field: str, pattern: str, paths: list[Path]) -> None:
+    """Refuses a pattern that finds none of the chosen sites."""
+    if not any(_paths.matches(pattern, path) for path in paths):
+        close = ', '.join(map(repr, _paths.nearest(pattern, paths)))
+        raise ValueError(
+            f'{field}: {pattern!r} matches none of the {len(paths)} sites of the target. '
+            f'Nearest: {close}'
+        )
 
 
 def site_key(key: Array, path: Path) -> Array:

@@ -49,7 +49,7 @@ class Recorder(Rule):
 
     def elementwise(self, view: StandIn, primitive: str, output: tuple[int, ...]) -> bool:
         """Notes a bias or a scale, if it is one: a leaf that is repeated, or has but one axis."""
-        repeated = any(n > 1 and not label for n, label in zip(view.shape, view.dims, strict=True))
+        repeated = any(n > 1 and not label for n, label in zip(output, view.dims, strict=False))
         vector = sum(n > 1 for n in view.shape) <= 1
         if primitive not in ELEMENTWISE or not (repeated or vector):
             return False

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from peftjax._factor import Factor
 from peftjax._method import At, OutputRule
 from peftjax._sites import Site
 from peftjax._standin import StandIn, place
@@ -35,7 +36,7 @@ class Rows(OutputRule):
         """Overwrites."""
         del x
         factor = at.view.factors['rows'].astype(y.dtype)
-        rows = jax.vmap(lambda f: at.use.on_output(y, f), in_axes=-1)(factor)
+        rows = jax.vmap(lambda f: at.use.on_output(y, Factor.formed(f)), in_axes=-1)(factor)
         rows = jnp.moveaxis(jnp.squeeze(rows, self.axis + 1), 0, self.axis)
         count = rows.shape[self.axis]
         shape = [count if d == self.axis else n for d, n in enumerate(y.shape)]

@@ -1,14 +1,16 @@
 """The stand-in: a pytree that stands where a weight stood."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from peftjax import _layout
+from peftjax._factor import Factor
+from peftjax._factor import place as place
 from peftjax._types import Array, Path
 
 if TYPE_CHECKING:
@@ -16,16 +18,6 @@ if TYPE_CHECKING:
     from peftjax._sites import Site
 
 Axes: TypeAlias = frozenset[int]
-
-
-class Laid(NamedTuple):
-    """A factor as phi has it, and how to transpose it into broadcast form.
-
-    It stays so until it is moved: a scan slices it as it lies, and nothing is copied.
-    """
-
-    array: Array
-    order: tuple[int, ...]
 
 
 @partial(
@@ -47,7 +39,7 @@ class StandIn:
       spans: for each factor, the leaf axes that it depends on.
       rule: what the method does at the use.
       path: where the leaf lies.
-      orders: for each factor, the transposition that brings it into broadcast form.
+      orders: for each factor, how it lies along the current dimensions (see `Factor`).
     """
 
     w: Any
@@ -56,14 +48,14 @@ class StandIn:
     spans: tuple[tuple[str, Axes], ...]
     rule: 'Rule'
     path: Path
-    orders: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    orders: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
 
     @classmethod
     def over(
         cls,
         site: 'Site',
         w: Any,
-        factors: Mapping[str, Array | Laid],
+        factors: Mapping[str, Array | Factor],
         spans: Mapping[str, Axes],
         rule: 'Rule',
     ) -> 'StandIn':
@@ -72,12 +64,14 @@ class StandIn:
         Args:
           site: where.
           w: the leaf, or the stand-in of the method below.
-          factors: in broadcast form, or laid.
+          factors: laid along the leaf, or arrays in broadcast form.
           spans: for each factor, the leaf axes that it depends on.
           rule: what the method does at the use.
         """
         dims = tuple(frozenset({d}) for d in range(site.rank))
-        laid = {name: f if isinstance(f, Laid) else _formed(f) for name, f in factors.items()}
+        laid = {
+            name: f if isinstance(f, Factor) else Factor.formed(f) for name, f in factors.items()
+        }
         orders = tuple((name, f.order) for name, f in laid.items())
         arrays = {name: f.array for name, f in laid.items()}
         return cls(w, arrays, dims, tuple(spans.items()), rule, site.path, orders)
@@ -95,9 +89,13 @@ class StandIn:
     @property
     def factors(self) -> dict[str, Array]:
         """The factors in broadcast form (see `_layout`), extra dimensions last."""
-        return {name: jnp.transpose(self.laid[name], order) for name, order in self.orders}
+        return {name: self.factor(name).form() for name in self.laid}
 
-    def _with(self, laid: Mapping[str, Laid], **changes: Any) -> 'StandIn':
+    def factor(self, name: str) -> Factor:
+        """A factor as it lies."""
+        return Factor(self.laid[name], dict(self.orders)[name])
+
+    def _with(self, laid: Mapping[str, Factor], **changes: Any) -> 'StandIn':
         arrays = {name: f.array for name, f in laid.items()}
         orders = tuple((name, f.order) for name, f in laid.items())
         return dataclasses.replace(self, laid=arrays, orders=orders, **changes)
@@ -109,30 +107,33 @@ class StandIn:
 
     def move(self, layout: _layout.Layout, on_weight: Callable[[Any], Any]) -> 'StandIn | None':
         """Applies a layout operation; `None` if a factor has no broadcast form after it."""
-        moved = {name: layout.move(f, self.full(name)) for name, f in self.factors.items()}
-        formed = {name: _formed(f) for name, f in moved.items() if f is not None}
-        if len(formed) < len(moved):
+        tried = {name: layout.move(self.factor(name), self.full(name)) for name in self.laid}
+        moved = {name: f for name, f in tried.items() if f is not None}
+        if len(moved) < len(tried):
             return None
         below = self.w.move(layout, on_weight) if isinstance(self.w, StandIn) else on_weight(self.w)
         if below is None:
             return None
-        return self._with(formed, w=below, dims=layout.dims)
+        return self._with(moved, w=below, dims=layout.dims)
 
     def lead(self) -> 'StandIn':
         """The same, with factors that `lax.scan` can slice along the first dimension."""
-        length, orders, wide = self.shape[0], dict(self.orders), {}
-        for name, f in self.factors.items():
-            if orders[name][0] == 0 and f.shape[0] == length:
-                wide[name] = Laid(self.laid[name], orders[name])
-            else:
-                wide[name] = _formed(jnp.broadcast_to(f, (length, *f.shape[1:])))
+        length, wide = self.shape[0], {name: self.factor(name) for name in self.laid}
+        for name, f in wide.items():
+            if f.order[0] != 0 or f.array.shape[0] != length:
+                array = f.form()
+                array = jnp.broadcast_to(array, (length, *array.shape[1:]))
+                wide[name] = Factor.formed(array)
         below = self.w.lead() if isinstance(self.w, StandIn) else self.w
         return self._with(wide, w=below)
 
     def body(self) -> 'StandIn':
         """What `lax.scan` hands to its body: the first dimension is gone."""
         below = self.w.body() if isinstance(self.w, StandIn) else self.w
-        orders = tuple((name, tuple(d - 1 for d in order[1:])) for name, order in self.orders)
+        orders = tuple(
+            (name, tuple(d if d is None else d - 1 for d in order[1:]))
+            for name, order in self.orders
+        )
         return dataclasses.replace(self, w=below, dims=self.dims[1:], orders=orders)
 
     def dense(self) -> Array:
@@ -153,38 +154,3 @@ class StandIn:
         product = jnp.einsum(*terms, both)
         missing = tuple(d for d in range(rank) if d not in both)
         return jnp.broadcast_to(jnp.expand_dims(product, missing), self.shape)
-
-
-def lay(array: Array, axes: Sequence[int | None], rank: int) -> Laid:
-    """Says how a factor lies along a leaf.
-
-    Args:
-      array: with one dimension for each of `axes`.
-      axes: the leaf axis that each dimension goes along, each below `rank`; `None` for extra ones.
-      rank: the number of dimensions of the leaf.
-    """
-    missing = [d for d in range(rank) if d not in axes]
-    along = (*axes, *missing)
-    extra = (i for i, axis in enumerate(axes) if axis is None)
-    order = (*(along.index(d) for d in range(rank)), *extra)
-    return Laid(jnp.reshape(array, (*array.shape, *(1,) * len(missing))), order)
-
-
-def place(array: Array, axes: Sequence[int], rank: int) -> Array:
-    """Brings a factor into broadcast form.
-
-    Args:
-      array: `(*axes, *extra)`: one dimension per named leaf axis, in that order, then extras.
-      axes: the leaf axes, each below `rank`.
-      rank: the number of dimensions of the leaf.
-
-    Returns:
-      `(*leaf dimensions, *extra)`, of size one along the other leaf axes.
-    """
-    laid = lay(array, (*axes, *(None,) * (array.ndim - len(axes))), rank)
-    return jnp.transpose(laid.array, laid.order)
-
-
-def _formed(array: Array) -> Laid:
-    """A factor that is in broadcast form."""
-    return Laid(array, tuple(range(array.ndim)))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from peftjax._factor import Factor, pick
 from peftjax._layout import Full
 from peftjax._types import Array
 
@@ -41,31 +42,31 @@ class Use(abc.ABC):
     free: tuple[int, ...]
 
     @abc.abstractmethod
-    def down(self, x: Array, f: Array) -> Array:
+    def down(self, x: Array, f: Factor) -> Array:
         """`x -> h`, with a factor that has the batch and contracted dimensions and a rank."""
 
     @abc.abstractmethod
-    def up(self, h: Array, f: Array) -> Array:
+    def up(self, h: Array, f: Factor) -> Array:
         """`h -> y`, with a factor that has the batch and free dimensions and a rank."""
 
     @abc.abstractmethod
-    def read(self, y: Array, f: Array) -> Array:
+    def read(self, y: Array, f: Factor) -> Array:
         """`y -> h`, with a factor that has the batch and free dimensions and a rank."""
 
-    def write(self, h: Array, f: Array) -> Array:
+    def write(self, h: Array, f: Factor) -> Array:
         """`h -> y` for an `h` that came from `read`."""
         return self.up(h, f)
 
     @abc.abstractmethod
-    def on_output(self, y: Array, f: Array) -> Array:
+    def on_output(self, y: Array, f: Factor) -> Array:
         """A factor over batch and free dimensions, ready to broadcast against `y`."""
 
     @abc.abstractmethod
-    def on_input(self, x: Array, f: Array) -> Array:
+    def on_input(self, x: Array, f: Factor) -> Array:
         """A factor over batch and contracted dimensions, ready to broadcast against `x`."""
 
     @abc.abstractmethod
-    def on_hidden(self, h: Array, f: Array) -> Array:
+    def on_hidden(self, h: Array, f: Factor) -> Array:
         """A factor over batch dimensions with a rank, ready to broadcast against `h`."""
 
     @abc.abstractmethod
@@ -86,15 +87,6 @@ class Use(abc.ABC):
 
     def _covers(self, full: Full, yes: tuple[int, ...], no: tuple[int, ...]) -> bool:
         return all(full[d] for d in yes) and not any(full[d] for d in no)
-
-
-def pick(f: Array, dims: Sequence[int], rank: int) -> Array:
-    """A factor reduced to some of its weight dimensions, in that order, then its extras."""
-    extra = range(rank, f.ndim)
-    order = (*dims, *(d for d in range(rank) if d not in dims), *extra)
-    moved = jnp.transpose(f, order)
-    kept = len(dims)
-    return jnp.reshape(moved, (*moved.shape[:kept], *moved.shape[rank:]))
 
 
 def _spread(f: Array, batch: tuple[int, ...]) -> Array:
@@ -138,11 +130,11 @@ class Dot(Use):
     def _rank(self) -> int:
         return len(self.contract) + len(self.batch) + len(self.free)
 
-    def down(self, x: Array, f: Array) -> Array:
+    def down(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         n = len(self.batch)
-        f = pick(f, (*self.batch, *self.contract), self._rank)
-        f = _spread(f, tuple(x.shape[d] for d in self.x_batch))
+        w = pick(f, (*self.batch, *self.contract), self._rank)
+        w = _spread(w, tuple(x.shape[d] for d in self.x_batch))
         numbers = (
             (self.x_contract, tuple(range(n, n + len(self.contract)))),
             (self.x_batch, tuple(range(n))),
@@ -150,46 +142,46 @@ class Dot(Use):
         spec = placement(x)
         rest = [d for d in range(x.ndim) if d not in (*self.x_contract, *self.x_batch)]
         out = (*(spec[d] for d in (*self.x_batch, *rest)), None)
-        return product(x, f, numbers, out, precision=self.precision)
+        return product(x, w, numbers, out, precision=self.precision)
 
-    def up(self, h: Array, f: Array) -> Array:
+    def up(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
         n = len(self.batch)
-        f = _spread(pick(f, (*self.batch, *self.free), self._rank), h.shape[:n])
+        w = _spread(pick(f, (*self.batch, None, *self.free), self._rank), h.shape[:n])
         paired = tuple(range(n))
-        numbers = (((h.ndim - 1,), (f.ndim - 1,)), (paired, paired))
+        numbers = (((h.ndim - 1,), (n,)), (paired, paired))
         how = {'precision': self.precision, 'preferred_element_type': self.wide}
-        hs, fs = placement(h)[:-1], placement(f)[:-1]
+        hs, ws = placement(h)[:-1], placement(w)[n + 1 :]
         if self.weight_first:
             swapped = ((numbers[0][1], numbers[0][0]), numbers[1])
-            return product(f, h, swapped, (*hs[:n], *fs[n:], *hs[n:]), **how)
-        return product(h, f, numbers, (*hs, *fs[n:]), **how)
+            return product(w, h, swapped, (*hs[:n], *ws, *hs[n:]), **how)
+        return product(h, w, numbers, (*hs, *ws), **how)
 
-    def read(self, y: Array, f: Array) -> Array:
+    def read(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         n = len(self.batch)
-        f = _spread(pick(f, (*self.batch, *self.free), self._rank), y.shape[:n])
+        w = _spread(pick(f, (*self.batch, *self.free), self._rank), y.shape[:n])
         made = tuple(range(n, n + len(self.free)))
         numbers = ((self.outputs(y), made), (tuple(range(n)), tuple(range(n))))
         spec = placement(y)
         rest = [d for d in range(n, y.ndim) if d not in self.outputs(y)]
         out = (*spec[:n], *(spec[d] for d in rest), None)
-        return product(y, f, numbers, out, precision=self.precision)
+        return product(y, w, numbers, out, precision=self.precision)
 
-    def on_output(self, y: Array, f: Array) -> Array:
+    def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, (*self.batch, *self.free), self._rank)
-        return _align(f, (*range(len(self.batch)), *self.outputs(y)), y.ndim)
+        w = pick(f, (*self.batch, *self.free), self._rank)
+        return _align(w, (*range(len(self.batch)), *self.outputs(y)), y.ndim)
 
-    def on_input(self, x: Array, f: Array) -> Array:
+    def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, (*self.batch, *self.contract), self._rank)
-        return _align(f, (*self.x_batch, *self.x_contract), x.ndim)
+        w = pick(f, (*self.batch, *self.contract), self._rank)
+        return _align(w, (*self.x_batch, *self.x_contract), x.ndim)
 
-    def on_hidden(self, h: Array, f: Array) -> Array:
+    def on_hidden(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, self.batch, self._rank)
-        return _align(f, (*range(len(self.batch)), h.ndim - 1), h.ndim)
+        w = pick(f, self.batch, self._rank)
+        return _align(w, (*range(len(self.batch)), h.ndim - 1), h.ndim)
 
     def outputs(self, y: Array) -> tuple[int, ...]:
         """See `Use`."""
@@ -228,57 +220,55 @@ class Gather(Use):
         """Where dimensions of `y` lie in `h`."""
         return tuple(d - sum(made < d for made in self.offset) for d in dims)
 
-    def down(self, x: Array, f: Array) -> Array:
+    def down(self, x: Array, f: Factor) -> Array:
         """See `Use`; the same lookup in the factor, whose slices are its ranks."""
         rank = x.ndim - 1 + len(self.numbers.offset_dims)
         numbers = self.numbers._replace(offset_dims=(*self.numbers.offset_dims, rank))
-        sizes = (*(1,) * self._rank, f.shape[-1])
+        w = f.form()
+        sizes = (*(1,) * self._rank, w.shape[-1])
         # what is out of bounds is not in the weight, whatever the equation fills it with
-        h = lax.gather(f, x, numbers, sizes, mode=self.mode, fill_value=0)
+        h = lax.gather(w, x, numbers, sizes, mode=self.mode, fill_value=0)
         return jnp.squeeze(h, self.offset)
 
-    def up(self, h: Array, f: Array) -> Array:
+    def up(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = _spread(pick(f, (*self.batch, *self.free), self._rank), self._sizes(h))
-        n, (*spots, last) = len(self.batch), range(h.ndim)
         paired = self._hidden(self.paired)
-        numbers = (((last,), (f.ndim - 1,)), (paired, tuple(range(n))))
-        hs, fs = placement(h), placement(f)
+        n, (*spots, last) = len(self.batch), range(h.ndim)
+        w = pick(f, (*self.batch, None, *self.free), self._rank)
+        w = _spread(w, tuple(h.shape[d] for d in paired))
+        numbers = (((last,), (n,)), (paired, tuple(range(n))))
+        hs, ws = placement(h), placement(w)[n + 1 :]
         rest = [d for d in spots if d not in paired]
-        out = (*(hs[d] for d in (*paired, *rest)), *fs[n:-1])
-        y = product(h, f, numbers, out)
+        y = product(h, w, numbers, (*(hs[d] for d in (*paired, *rest)), *ws))
         kept = [d for d in range(y.ndim) if d not in self.offset]
         order = [*self.paired, *(d for d in kept if d not in self.paired), *self.offset]
         return jnp.transpose(y, [order.index(d) for d in range(y.ndim)])
 
-    def _sizes(self, h: Array) -> tuple[int, ...]:
-        return tuple(h.shape[d] for d in self._hidden(self.paired))
-
-    def read(self, y: Array, f: Array) -> Array:
+    def read(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         n = len(self.batch)
-        sizes = tuple(y.shape[d] for d in self.paired)
-        f = _spread(pick(f, (*self.batch, *self.free), self._rank), sizes)
-        numbers = ((self.offset, tuple(range(n, f.ndim - 1))), (self.paired, tuple(range(n))))
+        w = pick(f, (*self.batch, *self.free), self._rank)
+        w = _spread(w, tuple(y.shape[d] for d in self.paired))
+        numbers = ((self.offset, tuple(range(n, w.ndim - 1))), (self.paired, tuple(range(n))))
         ys = placement(y)
         rest = [d for d in range(y.ndim) if d not in (*self.offset, *self.paired)]
-        h = product(y, f, numbers, (*(ys[d] for d in (*self.paired, *rest)), None))
+        h = product(y, w, numbers, (*(ys[d] for d in (*self.paired, *rest)), None))
         order = [*self._hidden((*self.paired, *rest)), h.ndim - 1]
         return jnp.transpose(h, [order.index(d) for d in range(h.ndim)])
 
-    def on_output(self, y: Array, f: Array) -> Array:
+    def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, (*self.batch, *self.free), self._rank)
-        return _align(f, (*self.paired, *self.offset), y.ndim)
+        w = pick(f, (*self.batch, *self.free), self._rank)
+        return _align(w, (*self.paired, *self.offset), y.ndim)
 
-    def on_input(self, x: Array, f: Array) -> Array:
+    def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         raise TypeError('the input of a lookup is an index: it cannot be scaled')
 
-    def on_hidden(self, h: Array, f: Array) -> Array:
+    def on_hidden(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, self.batch, self._rank)
-        return _align(f, (*self._hidden(self.paired), h.ndim - 1), h.ndim)
+        w = pick(f, self.batch, self._rank)
+        return _align(w, (*self._hidden(self.paired), h.ndim - 1), h.ndim)
 
     def outputs(self, y: Array) -> tuple[int, ...]:
         """See `Use`."""
@@ -307,29 +297,33 @@ class Conv(Use):
     def _rank(self) -> int:
         return len(self.contract) + 1
 
-    def down(self, x: Array, f: Array) -> Array:
+    def down(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         (out,) = self.free
-        kernel = jnp.moveaxis(jnp.squeeze(f, out), -1, out)
+        kernel = self._kernel(f, out)
         repeats = [self.groups if d == out else 1 for d in range(kernel.ndim)]
         return lax.conv_general_dilated(x, jnp.tile(kernel, repeats), **self.params)
 
-    def up(self, h: Array, f: Array) -> Array:
+    def up(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._pointwise(h, f, self.groups)
 
-    def read(self, y: Array, f: Array) -> Array:
+    def read(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, self.free, self._rank)
-        h = lax.dot_general(y, f, (((self.feature,), (0,)), ((), ())))
+        w = pick(f, self.free, self._rank)
+        h = lax.dot_general(y, w, (((self.feature,), (0,)), ((), ())))
         return jnp.moveaxis(h, -1, self.feature)
 
-    def write(self, h: Array, f: Array) -> Array:
+    def write(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._pointwise(h, f, 1)
 
-    def _pointwise(self, h: Array, f: Array, groups: int) -> Array:
-        kernel = jnp.moveaxis(jnp.squeeze(f, self.kernel_in), -1, self.kernel_in)
+    def _kernel(self, f: Factor, features: int) -> Array:
+        """A factor as a kernel, its rank standing for one of the dimensions of features."""
+        return pick(f, [None if d == features else d for d in range(self._rank)], self._rank)
+
+    def _pointwise(self, h: Array, f: Factor, groups: int) -> Array:
+        kernel = self._kernel(f, self.kernel_in)
         spatial = kernel.ndim - 2
         plain = {
             'window_strides': (1,) * spatial,
@@ -344,16 +338,16 @@ class Conv(Use):
         params = {**self.params, **plain, 'dimension_numbers': numbers}
         return lax.conv_general_dilated(h, kernel, **params)
 
-    def on_output(self, y: Array, f: Array) -> Array:
+    def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         return _align(pick(f, self.free, self._rank), (self.feature,), y.ndim)
 
-    def on_input(self, x: Array, f: Array) -> Array:
+    def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
-        f = pick(f, (self.kernel_in,), self._rank)
-        return _align(jnp.tile(f, self.groups), (self.x_feature,), x.ndim)
+        w = pick(f, (self.kernel_in,), self._rank)
+        return _align(jnp.tile(w, self.groups), (self.x_feature,), x.ndim)
 
-    def on_hidden(self, h: Array, f: Array) -> Array:
+    def on_hidden(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
         return _align(pick(f, (), self._rank), (self.feature,), h.ndim)
 
@@ -385,15 +379,15 @@ class Ragged(Use):
         how = {'precision': self.precision, 'preferred_element_type': wide}
         return lax.ragged_dot(x, _spread(f, self.sizes.shape), self.sizes, **how)
 
-    def down(self, x: Array, f: Array) -> Array:
+    def down(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._dot(x, pick(f, (0, 1), 3))
 
-    def up(self, h: Array, f: Array) -> Array:
+    def up(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
-        return self._dot(h, jnp.swapaxes(pick(f, (0, 2), 3), 1, 2), self.wide)
+        return self._dot(h, pick(f, (0, None, 2), 3), self.wide)
 
-    def read(self, y: Array, f: Array) -> Array:
+    def read(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._dot(y, pick(f, (0, 2), 3))
 
@@ -401,15 +395,15 @@ class Ragged(Use):
         f = _spread(f, self.sizes.shape)
         return jnp.repeat(f, self.sizes, axis=0, total_repeat_length=count)
 
-    def on_output(self, y: Array, f: Array) -> Array:
+    def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._rows(pick(f, (0, 2), 3), y.shape[0])
 
-    def on_input(self, x: Array, f: Array) -> Array:
+    def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._rows(pick(f, (0, 1), 3), x.shape[0])
 
-    def on_hidden(self, h: Array, f: Array) -> Array:
+    def on_hidden(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
         return self._rows(pick(f, (0,), 3), h.shape[0])
 
@@ -425,34 +419,31 @@ class Named(Use):
     Its last dimensions, those of one token, count as free dimensions of a weight that is not there.
     """
 
-    def down(self, x: Array, f: Array) -> Array:
+    def down(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         raise TypeError('a named value has no input')
 
-    def up(self, h: Array, f: Array) -> Array:
+    def up(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
-        return product(
-            h,
-            f,
-            (((h.ndim - 1,), (f.ndim - 1,)), ((), ())),
-            (*placement(h)[:-1], *placement(f)[:-1]),
-        )
+        w = pick(f, (None, *self.free), len(self.free))
+        numbers = (((h.ndim - 1,), (0,)), ((), ()))
+        return product(h, w, numbers, (*placement(h)[:-1], *placement(w)[1:]))
 
-    def read(self, y: Array, f: Array) -> Array:
+    def read(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
-        made = tuple(range(f.ndim - 1))
+        made = self.outputs(y)
         out = (*placement(y)[: y.ndim - len(made)], None)
-        return product(y, f, ((self.outputs(y)[-len(made) :], made), ((), ())), out)
+        return product(y, f.form(), ((made, self.free), ((), ())), out)
 
-    def on_output(self, y: Array, f: Array) -> Array:
+    def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
-        return _align(f, self.outputs(y), y.ndim)
+        return _align(f.form(), self.outputs(y), y.ndim)
 
-    def on_input(self, x: Array, f: Array) -> Array:
+    def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
         raise TypeError('a named value has no input')
 
-    def on_hidden(self, h: Array, f: Array) -> Array:
+    def on_hidden(self, h: Array, f: Factor) -> Array:
         """See `Use`."""
         return _align(pick(f, (), len(self.free)), (h.ndim - 1,), h.ndim)
 

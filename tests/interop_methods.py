@@ -30,7 +30,8 @@ def from_hugging_face(config: Mapping[str, Any], modules: tuple[str, ...]) -> An
         method = pj.PromptTuning(length=config['num_virtual_tokens'])
     else:
         raise ValueError(f'no method for {kind}')
-    saved = tuple(f'^{name}/' for name in config['modules_to_save'] or () if name in modules)
+    wanted = dict.fromkeys(config['modules_to_save'] or ())
+    saved = tuple(f'^{name}/' for name in wanted if name in modules)
     return pj.chain(method, saved=pj.Trainable(target=saved)) if saved else method
 
 

@@ -48,6 +48,7 @@ MERGEABLE = (
 # AdapterHub 1.3.0 merges otherwise than it computes (known to its cases): DoRA without alpha / r
 # and without the bias that its forward scales, IA3 without the bias. Its outputs before merging
 # are what a merge must give, and ours gives them.
+# (Its DoRA also computes otherwise than the paper; `interop.py` translates the one into the other.)
 MERGED_WRONG = ('encoder/ah_dora_bert', 'encoder/ah_ia3_bert')
 
 encoders = pytest.mark.parametrize('scan_layers', [False, True], ids=['unrolled', 'scanned'])

@@ -8,10 +8,11 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-import peftjax as pj
 import pytest
 import transformer
 from zoo import ids
+
+import peftjax as pj
 
 TOKENS = ids(0, transformer.VOCABULARY, 4, 16)
 TARGETS = {'q and v': 'qv', 'all linears': transformer.LINEARS}
@@ -72,7 +73,9 @@ def test_a_gradient_step_costs_what_it_costs_by_hand(form: str, names: str):
     pair = twins(form, names)
     args = (pair.phi, pair.params, TOKENS)
     ours, by_hand = (jax.jit(step(f)).lower(*args).compile() for f in (pair.ours, pair.by_hand))
-    for one, other in zip(jax.tree.leaves(ours(*args)), jax.tree.leaves(by_hand(*args)), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(ours(*args)), jax.tree.leaves(by_hand(*args)), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
     flops = [compiled.cost_analysis()['flops'] for compiled in (ours, by_hand)]
     memory = [compiled.memory_analysis().temp_size_in_bytes for compiled in (ours, by_hand)]

@@ -331,9 +331,9 @@ def _only_dicts(tree: Any) -> None:
             _only_dicts(inner)
 
 
-@each_method
-def test_phi_may_be_bfloat16(method):
-    p = pair(method, 'linen')
+@pairs(SEAMS)
+def test_phi_may_be_bfloat16(method, model):
+    p = pair(method, model)
     phi = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p.phi)
     out = p.forward(p.model.params, phi, p.model.inputs)
     assert out.dtype == jnp.float32
@@ -344,11 +344,15 @@ def test_phi_may_be_bfloat16(method):
 @each_method
 def test_the_dtype_of_phi_is_a_field(method):
     p = pair(method, 'linen')
-    if isinstance(p.method, pj.Chain) or not hasattr(p.method, 'dtype'):
-        pytest.skip('the method has no dtype of its own')
-    chosen = dataclasses.replace(p.method, dtype='bfloat16')
-    peft = pj.attach(chosen, p.model.fn, p.model.params, p.model.inputs)
-    phi = peft.init(jax.random.key(1), p.model.params)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(phi)} == {'bfloat16'}
-    out = jax.eval_shape(peft.wrap(p.model.fn), p.model.params, phi, p.model.inputs)
-    assert out.dtype == jnp.float32
+    fields = lambda part: {'dtype': 'bfloat16'} if hasattr(part, 'dtype') else {}
+    parts = [dataclasses.replace(part, **fields(part)) for _, part in p.method.parts]
+    peft = pj.attach(pj.chain(*parts), p.model.fn, p.model.params, p.model.inputs)
+    phi = jax.eval_shape(peft.init, jax.random.key(1), p.model.params)
+    for part, mine in zip(parts, phi.values(), strict=True):
+        wanted = getattr(part, 'dtype', 'float32')
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(mine)} == {wanted}
+    forward = peft.wrap(p.model.fn)
+    assert jax.eval_shape(forward, p.model.params, phi, p.model.inputs).dtype == jnp.float32
+    if all(part.mergeable for part in parts):
+        merged = jax.eval_shape(peft.merge, p.model.params, phi)
+        assert jax.tree.map(_shaped, merged) == jax.tree.map(_shaped, p.model.params)

@@ -11,6 +11,7 @@ from quick import jit
 
 import peftjax as pj
 from peftjax import _layout
+from peftjax._factor import Factor, lay, pick, place
 from peftjax._layout import NONE
 
 A, B, C = (frozenset({axis}) for axis in range(3))
@@ -25,7 +26,7 @@ def check(layout, operation, shape, full, moved_dims):
     """A factor moves as the weight that it stands for does."""
     assert layout.dims == moved_dims
     f = factor(*(n if whole else 1 for n, whole in zip(shape, full, strict=True)), 2)
-    moved = layout.move(f, full)
+    moved = layout.move(Factor.formed(f), full).form()
     for r in range(2):
         weight = operation(jnp.broadcast_to(f[..., r], shape))
         np.testing.assert_array_equal(jnp.broadcast_to(moved[..., r], weight.shape), weight)
@@ -69,7 +70,7 @@ def test_reshape_splits_and_merges():
 
 def test_reshape_that_mixes_axes_leaves_a_factor_no_form():
     layout = _layout.reshape((A, B), (4, 6), (24,))
-    assert layout.move(factor(4, 1, 2), (True, False)) is None
+    assert layout.move(Factor.formed(factor(4, 1, 2)), (True, False)) is None
 
 
 def test_reshape_of_nothing_has_no_layout():
@@ -88,6 +89,30 @@ def test_reshape_of_nothing_has_no_layout():
 )
 def test_reshapes_are_read_in_row_major_order(old, new, groups):
     assert _layout._groups(old, new) == groups
+
+
+# Factors ------------------------------------------------------------------------------------------
+
+
+def test_a_factor_stays_as_it_lies_until_it_is_used():
+    array = factor(5, 2, 4)  # (stack, rank, out)
+    f = lay(array, (0, None, 2), 3)
+    assert f.array is array and f.order == (0, None, 2, 1)
+    np.testing.assert_array_equal(f.form(), array.transpose(0, 2, 1)[:, None])
+    assert pick(f, (0, None, 2), 3) is array
+    np.testing.assert_array_equal(pick(f, (2, 0), 3), array.transpose(2, 0, 1))
+
+
+def test_transposing_a_weight_moves_no_factor():
+    f = lay(factor(6, 2), (0, None), 2)
+    turned = _layout.transpose((A, B), (1, 0)).move(f, (True, False))
+    assert turned.array is f.array
+    np.testing.assert_array_equal(turned.form(), f.form().transpose(1, 0, 2))
+
+
+def test_place_gives_missing_axes_the_size_one():
+    assert place(factor(4, 5, 2), (2, 0), 3).shape == (5, 1, 4, 2)
+    assert place(factor(), (), 2).shape == (1, 1)
 
 
 # Random programs ----------------------------------------------------------------------------------
@@ -140,7 +165,8 @@ def uses(draw, shape: tuple[int, ...]):
         return lambda w: jnp.tanh(w + 1) + w
     parts = draw(st.lists(st.sampled_from('cbf'), min_size=len(shape), max_size=len(shape)))
     contract, batch = (tuple(d for d in dims if parts[d] == part) for part in 'cb')
-    x = factor(*(shape[d] for d in (*batch, *contract)), 3) / 10
+    x = factor(*(shape[d] for d in (*batch, *contract)), 3)
+    x = x / x.sum()
     n = len(batch)
     other = (tuple(range(n, n + len(contract))), tuple(range(n)))
     if draw(st.booleans()):

@@ -35,8 +35,8 @@ class Adapter(Method):
 
     Attributes:
       target: regex, or several, searched in paths of sites; `@name` for named values.
-      source: the named value that the adapter reads, one in the same scope before or after the
-        target; empty for the target itself. A later one is what the base makes of the target.
+      source: the named value that the adapter reads, the nearest in the same scope before or after
+        the target; empty for the target itself. A later one is what the base makes of the target.
       reduction: width of the bottleneck is the number of outputs divided by this, at least 1.
       reductions: other reductions for some paths, `((pattern, reduction), …)`.
       activation: one of `gelu`, `gelu_tanh`, `identity`, `relu`, `silu`, `tanh`.
@@ -82,6 +82,7 @@ class Adapter(Method):
     kinds: ClassVar[tuple[str, ...]] = ('linear', 'expert', 'embedding', 'convolution', 'named')
     seam: ClassVar[str] = 'output'
     mergeable: ClassVar[bool] = False
+    patterned: ClassVar[tuple[str, ...]] = ('reductions',)
 
     def __post_init__(self) -> None:
         choices = (

@@ -69,6 +69,7 @@ class Dora(Method):
     seam: ClassVar[str] = 'weight'
     identity: ClassVar[str] = 'rounding'
     mergeable: ClassVar[bool] = True
+    patterned: ClassVar[tuple[str, ...]] = ('ranks', 'alphas')
 
     def __post_init__(self) -> None:
         check_low_rank(self)

@@ -68,6 +68,7 @@ class Lora(Method):
     seam: ClassVar[str] = 'weight'
     identity: ClassVar[str] = 'exact'
     mergeable: ClassVar[bool] = True
+    patterned: ClassVar[tuple[str, ...]] = ('ranks', 'alphas')
 
     def __post_init__(self) -> None:
         check_low_rank(self)

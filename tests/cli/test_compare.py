@@ -1,11 +1,16 @@
 import json
+import pathlib
+import re
+import shlex
 import struct
 
 import pytest
 
 from peftjax import checkpoint
+from peftjax.cli._options import parser
 from peftjax.cli._recipes import DEFAULT, RECIPES
 
+README = pathlib.Path(__file__).parents[2] / 'README.md'
 FEW = ('--shots', 2, '--epochs', 1, '--seeds', 0, '--methods')
 
 
@@ -74,6 +79,13 @@ def test_list_prints_all_methods_and_ends(peftjax):
     assert [row.split()[-len(row.split()) + row.startswith('*')] for row in rows] == list(RECIPES)
     assert [row.split()[1] for row in rows if row.startswith('*')] == list(DEFAULT)
     assert peftjax('tune', '--method', 'list').out == ran.out
+
+
+def test_the_readme_is_right_about_the_commands():
+    text = README.read_text()
+    for command in re.findall(r'peftjax ((?:compare|tune|predict|inspect)[^`\n]*)', text):
+        parser().parse_args(shlex.split(command))
+    assert 'compares nine ways' in text and len(DEFAULT) == 9
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_interrupting_ends_with_130(peftjax, here, tmp_path, monkeypatch):
 
 
 def test_the_same_seed_makes_the_same_adapter(here):
-    (recipe,) = chosen('adapter')
+    (recipe,) = chosen('bitfit')
     train = data.load_labelled(here.train)
     with jax.numpy_dtype_promotion('standard'):
         task = load_task(here.model, train.names, 16)
