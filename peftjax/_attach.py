@@ -55,13 +55,15 @@ def sites(apply_fn: ApplyFn, params: PyTree, *args: Any, **kwargs: Any) -> Sites
         views = [_view(path, w, recorder) for path, w in call.leaves.items()]
         evaluate(call.flat, views, call.inputs, Run({}, {}, recorder))
 
-    shapes = {path: tuple(leaf.shape) for path, leaf in _paths.leaves(_checked(params)).items()}
-    recorder = Recorder(shapes)
+    leaves = _paths.leaves(_checked(params))
+    recorder = Recorder(
+        {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    )
     arrays, fill = _split((args, kwargs))
     jax.eval_shape(record, params, arrays)
     found = distinct(recorder)
     used = {site.path for site in found}
-    return Sites(found, tuple(path for path in shapes if path not in used))
+    return Sites(found, tuple(path for path in leaves if path not in used))
 
 
 def attach(

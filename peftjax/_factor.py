@@ -7,7 +7,7 @@ none, brings it into the form that the use needs.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+from jax import lax
 
 from peftjax._types import Array
 
@@ -77,6 +77,6 @@ def pick(f: Factor, dims: Sequence[int | None], rank: int) -> Array:
     dims = (*dims,) if None in dims or not extra else (*dims, None)
     wanted = [p for d in dims for p in (extra if d is None else (f.order[d],))]
     kept = [p for p in range(f.array.ndim) if p in wanted]
-    array = jnp.squeeze(f.array, tuple(p for p in range(f.array.ndim) if p not in wanted))
-    array = jnp.transpose(array, [kept.index(p) for p in wanted if p is not None])
-    return jnp.expand_dims(array, tuple(i for i, p in enumerate(wanted) if p is None))
+    array = lax.squeeze(f.array, [p for p in range(f.array.ndim) if p not in wanted])
+    array = lax.transpose(array, [kept.index(p) for p in wanted if p is not None])
+    return lax.expand_dims(array, [i for i, p in enumerate(wanted) if p is None])

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from peftjax._method import At, Rule
 from peftjax._sites import Site
 from peftjax._standin import StandIn
@@ -19,14 +21,14 @@ class Recorder(Rule):
     """Stands at every leaf while sites are discovered.
 
     Attributes:
-      shapes: of the leaves, by path.
+      leaves: their shapes and dtypes, by path.
       sites: what was found, in order.
       opaque: why nothing that is noted may take the efficient path, else empty.
     """
 
     deferred = True
 
-    shapes: dict[Path, tuple[int, ...]]
+    leaves: dict[Path, jax.ShapeDtypeStruct]
     sites: dict[Site, None] = dataclasses.field(default_factory=dict)
     opaque: str = ''
 
@@ -99,7 +101,8 @@ class Recorder(Rule):
         output: tuple[int, ...],
         why: str,
     ) -> None:
-        shape = self.shapes[view.path]
+        leaf = self.leaves[view.path]
+        shape = tuple(leaf.shape)
         rank = len(shape)
         inputs: set[int] = set().union(*(view.dims[d] for d in contract))
         outputs: set[int] = set().union(*(view.dims[d] for d in free))
@@ -111,7 +114,7 @@ class Recorder(Rule):
             path=view.path,
             kind=kind,
             shape=shape,
-            dtype=str(view.dtype),
+            dtype=str(leaf.dtype),
             stack=tuple(d for d in range(rank) if d not in inputs | outputs),
             inputs=tuple(sorted(inputs)),
             outputs=tuple(sorted(outputs)),
@@ -125,7 +128,7 @@ class Recorder(Rule):
     def _axes(self, view: StandIn) -> tuple[int, ...]:
         """The axes of a leaf: those that are gone by now, then the others as they lie."""
         here = [axis for label in view.dims for axis in sorted(label)]
-        return (*(d for d in range(len(self.shapes[view.path])) if d not in here), *here)
+        return (*(d for d in range(len(self.leaves[view.path].shape)) if d not in here), *here)
 
 
 def distinct(recorder: Recorder) -> tuple[Site, ...]:
@@ -146,7 +149,7 @@ def distinct(recorder: Recorder) -> tuple[Site, ...]:
             dense=before.dense or site.dense,
         )
     uses = Counter(site.path for site in found.values())
-    order = {path: i for i, path in enumerate(recorder.shapes)}
+    order = {path: i for i, path in enumerate(recorder.leaves)}
     sites = [dataclasses.replace(s, shared=uses[s.path] > 1) for s in found.values()]
     # of several uses of a leaf the first counts: one that tells the meaning of its axes
     return tuple(sorted(sites, key=lambda s: (order.get(s.path, len(order)), bool(s.dense))))

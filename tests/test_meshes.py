@@ -66,7 +66,7 @@ def attached():
     peft = pj.attach(pj.Lora(rank=2, alpha=3.0, target='.*'), model, PARAMS, TOKENS)
     rng = np.random.default_rng(1)
     phi = jax.tree.map(
-        lambda a: jnp.asarray(rng.normal(size=a.shape) / 2, a.dtype),
+        lambda a: jnp.asarray(rng.normal(size=a.shape) / 8, a.dtype),
         peft.init(jax.random.key(0), PARAMS),
     )
     return peft, phi

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is still to be flushed at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f'peftjax {options.command}: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -95,7 +95,7 @@ def _leave(out: pathlib.Path, options: argparse.Namespace, records: list[dict[st
     content = {'options': vars(options), 'versions': _report.versions(), 'methods': records}
     _report.write_json(out / 'results.json', content)
     (out / 'table.txt').write_text(text + '\n', encoding='utf-8')
-    title = f'{options.shots} examples a label, {len(options.seeds)} seeds'
+    title = f'{options.shots} examples a label, seeds {", ".join(map(str, options.seeds))}'
     _picture.draw(out / 'accuracy.png', records, title)
     say(f'\nwritten to {out}: {", ".join(_output.RESULTS)}, {_output.ADAPTERS}/')
 

@@ -90,7 +90,7 @@ class PrefixTuning(Method):
 
     def __post_init__(self) -> None:
         check_virtual(self)
-        if not isinstance(self.projection, int) or self.projection < 0:
+        if type(self.projection) is not int or self.projection < 0:
             raise ValueError(
                 f'PrefixTuning: projection must be 0 or a width; got {self.projection!r}'
             )

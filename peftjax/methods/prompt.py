@@ -78,7 +78,9 @@ class PromptTuning(Method):
 
     def __post_init__(self) -> None:
         check_virtual(self)
-        if isinstance(self.initial, str) and self.initial not in ('vocabulary', 'random'):
+        ids = self.initial if isinstance(self.initial, tuple) else ()
+        known = self.initial in ('vocabulary', 'random')
+        if not known and not (ids and all(type(i) is int for i in ids)):
             raise ValueError(
                 "PromptTuning: initial must be 'vocabulary', 'random' or token ids; "
                 f'got {self.initial!r}'
@@ -119,9 +121,15 @@ class PromptTuning(Method):
         if self.initial == 'random':
             return jax.random.normal(key, shape) * jnp.std(rows)
         if self.initial == 'vocabulary':
+            if self.length > rows.shape[0]:
+                raise ValueError(
+                    f'PromptTuning(length={self.length}) draws different rows of {site.path!r}, a '
+                    f"vocabulary of {rows.shape[0]}. Shorten it, or set initial='random'"
+                )
             picked = jax.random.choice(key, rows.shape[0], (self.length,), replace=False)
             return rows[picked]
-        ids = [self.initial[i % len(self.initial)] for i in range(self.length)]
+        given = tuple(int(i) for i in self.initial)
+        ids = [given[i % len(given)] for i in range(self.length)]
         if not all(0 <= i < rows.shape[0] for i in ids):
             raise ValueError(f'initial holds ids outside the vocabulary of {rows.shape[0]}: {ids}')
         return rows[jnp.asarray(ids)]

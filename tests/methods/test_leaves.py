@@ -1,0 +1,110 @@
+"""BitFit, norm tuning and trainable leaves: which leaves they choose, and what phi holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from applies import APPLIES
+from blocks import MODELS
+
+import peftjax as pj
+
+BIASES = {'query', 'key', 'value', 'out', 'up', 'down', 'norm', 'last_norm'}
+
+
+def paths(method, model):
+    case = MODELS[model]
+    peft = pj.attach(method, case.fn, case.params, case.inputs)
+    phi = peft.init(jax.random.key(0), case.params)
+    leaves = pj._paths.leaves(case.params)
+    for path, arrays in phi.items():
+        np.testing.assert_array_equal(arrays['value'], leaves[path])
+    return set(phi)
+
+
+@pytest.mark.parametrize('model', ['plain', 'scanned', 'linen', 'flax_nnx', 'equinox', 'encoder'])
+def test_bitfit_trains_what_is_called_bias_there(model):
+    wanted = {path for path in pj._paths.leaves(MODELS[model].params) if path.endswith('bias')}
+    unused = 'pooler/dense/bias'
+    assert paths(pj.BitFit(), model) == wanted - {unused}
+
+
+@pytest.mark.parametrize('model', ['plain', 'scanned', 'linen', 'flax_nnx', 'equinox', 'encoder'])
+def test_norm_tuning_trains_norms(model):
+    found = pj._paths.leaves(MODELS[model].params)
+    wanted = {path for path in found if 'norm' in path.lower()}
+    assert wanted and paths(pj.NormTuning(), model) == wanted
+
+
+def test_a_position_table_is_no_bias():
+    def fn(params, x):
+        return (x + params['wpe']) @ params['w'] + params['b'][None]
+
+    params = {'wpe': jnp.ones((3, 4)), 'w': jnp.ones((4, 5)), 'b': jnp.ones(5)}
+    peft = pj.attach(pj.BitFit(), fn, params, jnp.ones((3, 4)))
+    assert [site.path for site in peft.sites[0]] == ['b']
+
+
+def test_a_norm_may_count_from_one():
+    def fn(params, x):
+        return (x * (1 + params['norm']['weight'])[None]) @ params['w']
+
+    params = {'norm': {'weight': jnp.zeros(4)}, 'w': jnp.ones((4, 5))}
+    peft = pj.attach(pj.NormTuning(), fn, params, jnp.ones((3, 4)))
+    assert [site.path for site in peft.sites[0]] == ['norm/weight']
+
+
+def test_a_target_narrows():
+    assert paths(pj.BitFit(target='layers/0/.*bias'), 'plain') == {
+        f'layers/0/{name}/bias' for name in BIASES
+    }
+    assert paths(pj.NormTuning(target='last_norm/scale'), 'scanned') == {'layers/last_norm/scale'}
+
+
+def test_everything_is_every_leaf_that_is_used():
+    params = {'w': jnp.ones((4, 5)), 'idle': jnp.ones(3), 'steps': jnp.arange(5)}
+    fn = lambda params, x: x @ params['w'] + params['steps'][None].astype(jnp.float32)
+    peft = pj.attach(pj.Trainable(target='.'), fn, params, jnp.ones((3, 4)))
+    assert set(peft.init(jax.random.key(0), params)) == {'w'}
+
+
+def test_whole_numbers_cannot_be_trained():
+    params = {'w': jnp.ones((4, 5)), 'steps': jnp.arange(5)}
+    fn = lambda params, x: x @ params['w'] + params['steps'][None].astype(jnp.float32)
+    with pytest.raises(ValueError, match="no site matches target='steps'"):
+        pj.attach(pj.Trainable(target='steps'), fn, params, jnp.ones((3, 4)))
+
+
+def test_phi_replaces_the_leaf():
+    case = MODELS['scanned']
+    peft = pj.attach(pj.Trainable(target='head'), case.fn, case.params, case.inputs)
+    fresh = peft.init(jax.random.key(0), case.params)
+    phi = {path: {'value': 2 * v['value']} for path, v in fresh.items()}
+    doubled = {**case.params, 'head': jax.tree.map(lambda leaf: 2 * leaf, case.params['head'])}
+    forward = peft.wrap(case.fn)
+    np.testing.assert_array_equal(
+        forward(case.params, phi, case.inputs), case.fn(doubled, case.inputs)
+    )
+    grads = jax.grad(lambda phi: forward(case.params, phi, case.inputs).sum())(phi)
+    full = jax.grad(lambda params: case.fn(params, case.inputs).sum())(doubled)['head']
+    for name in ('kernel', 'bias'):
+        np.testing.assert_allclose(grads[f'head/{name}']['value'], full[name], rtol=1e-5)
+
+
+def test_phi_is_wide_over_narrow_leaves():
+    params = {'w': jnp.ones((4, 5), jnp.bfloat16)}
+    fn = lambda params, x: x @ params['w']
+    peft = pj.attach(pj.Trainable(target='w'), fn, params, jnp.ones((3, 4), jnp.bfloat16))
+    phi = peft.init(jax.random.key(0), params)
+    assert phi['w']['value'].dtype == jnp.float32
+    assert peft.merge(params, phi)['w'].dtype == jnp.bfloat16
+
+
+def test_what_is_not_there():
+    case = APPLIES['plain']
+    with pytest.raises(ValueError, match="BitFit adapts sites of kind bias; target='.' finds only"):
+        pj.attach(pj.BitFit(), case.fn, case.params, *case.args)
+    with pytest.raises(ValueError, match='NormTuning adapts sites of kind scale, bias'):
+        pj.attach(pj.NormTuning(), case.fn, case.params, *case.args)
+    with pytest.raises(ValueError, match="no site matches target='heads'. Nearest: 'w'"):
+        pj.attach(pj.Trainable(target='heads'), case.fn, case.params, *case.args)
