@@ -104,8 +104,10 @@ def attach(
     room = [part.virtual for part in parts]
     chosen = []
     for i, part in enumerate(parts):
-        found = base if room[i] is None else _grown(base, room[i], apply_fn, params, args, kwargs)
-        later = sum(r.length for r in room[i + 1 :] if r and room[i] and r.side == room[i].side)
+        mine, found, later = room[i], base, 0
+        if mine is not None:
+            found = _grown(base, mine, apply_fn, params, args, kwargs)
+            later = sum(r.length for r in room[i + 1 :] if r and r.side == mine.side)
         chosen.append(tuple(dataclasses.replace(s, offset=later) for s in part.select(found)))
     _check_order(parts, chosen)
     leaves = [(path, leaf) for path, leaf in _paths.leaves(params).items()]

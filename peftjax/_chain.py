@@ -45,7 +45,7 @@ def chain(*methods: Method | Chain, **named: Method | Chain) -> Chain:
       A method for `attach`.
 
     Raises:
-      ValueError: there is no method, or two of one name.
+      ValueError: there is no method, or two of one name, or a name is no identifier.
       TypeError: an argument is not a method.
 
     Example:
@@ -61,8 +61,10 @@ def chain(*methods: Method | Chain, **named: Method | Chain) -> Chain:
         found.append((f'{name}_{again + 1}' if again else name, method))
     found += named.items()
     names = [name for name, _ in found]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f'a chain needs methods, each of its own name; got {names}')
+    if not names or len(set(names)) < len(names) or not all(map(str.isidentifier, names)):
+        raise ValueError(
+            f'a chain needs methods, each with an identifier of its own as its name; got {names}'
+        )
     for name, method in found:
         if not isinstance(method, Method | Chain):
             raise TypeError(f'a chain is made of methods; {name!r} is {method!r}')

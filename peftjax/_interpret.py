@@ -178,7 +178,8 @@ class _Frame:
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """The outputs, with stand-ins and pending outputs among them."""
         self.env.update(zip(self.jaxpr.invars, arguments, strict=True))
-        for self.here, eqn in enumerate(self.jaxpr.eqns):
+        for here, eqn in enumerate(self.jaxpr.eqns):
+            self.here = here
             named = len(_names_in(eqn))
             if self._touched(eqn, range(self.place, self.place + named)):
                 self._flush()
@@ -239,7 +240,9 @@ class _Frame:
         )
         outs = [v for v in made if not isinstance(v, jex.DropVar)]
         values = [self.env[v] for v in free]
-        self.env.update(zip(outs, _run_as_they_are(self.waiting, free, outs, values), strict=True))
+        self.env.update(
+            zip(outs, _run_as_they_are(self.waiting, list(free), outs, values), strict=True)
+        )
         self.waiting, self.unmade = [], set()
 
     def _step(self, eqn: Any) -> None:
@@ -585,7 +588,7 @@ def _custom(frame: _Frame, eqn: Any) -> Sequence[Any]:
     values = [frame.settle(v) for v in eqn.invars]
     values = [
         dataclasses.replace(value, rule=value.rule.within(inside))
-        if isinstance(value, StandIn)
+        if isinstance(value, StandIn) and isinstance(value.rule, Recorder)
         else value
         for value in values
     ]
@@ -600,9 +603,9 @@ def _shard_map(frame: _Frame, eqn: Any) -> Sequence[Any]:
     for value, spec in zip(values, params['in_specs'], strict=True):
         if isinstance(value, StandIn) and value.rule.deferred and any(spec) and not recording:
             raise ValueError(
-                f'the output of {value.path!r} cannot be adapted inside shard_map, where each device '
-                f'holds a part of the weight ({spec}) and of its output. Use a method of the weight '
-                'seam, or leave the path out of the target'
+                f'the output of {value.path!r} cannot be adapted inside shard_map, where each '
+                f'device holds a part of the weight ({spec}) and of its output. Use a method of '
+                'the weight seam, or leave the path out of the target'
             )
     specs = [
         _specs(value, spec) if isinstance(value, StandIn) else spec

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+
 from peftjax._method import Method, float32
 from peftjax._sites import Site
 from peftjax._types import Array, Path, Phi
@@ -20,7 +22,8 @@ class LeafMethod(Method):
     def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
         """See `Method`: copies of the leaves, in float32 or wider."""
         del key
-        return {site.path: {'value': float32(params[site.path])} for site in sites}
+        # a copy: phi is donated in training, theta must outlive it
+        return {site.path: {'value': jnp.array(float32(params[site.path]))} for site in sites}
 
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> Array:
         """See `Method`: the trained value, in the dtype of the leaf that it replaces."""

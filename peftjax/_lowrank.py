@@ -81,8 +81,8 @@ def fresh_pair(method: Any, key: Array, site: Site) -> dict[str, Array]:
     most = min(site.fan_in, site.fan_out)
     if rank > most:
         raise ValueError(
-            f'{type(method).__name__}(rank={rank}) on {site.path!r} of shape {site.shape}: rank must '
-            f'be at most {most}. Lower it, or set ranks=(({site.path!r}, {most}),)'
+            f'{type(method).__name__}(rank={rank}) on {site.path!r} of shape {site.shape}: rank '
+            f'must be at most {most}. Lower it, or set ranks=(({site.path!r}, {most}),)'
         )
     stack, key = site.sizes(site.stack), site_key(key, site.path)
     a = (*stack, *site.sizes(site.inputs), rank)
@@ -96,7 +96,7 @@ def fresh_pair(method: Any, key: Array, site: Site) -> dict[str, Array]:
 
 def pair_factors(site: Site, phi: Phi) -> tuple[Factors, Spans]:
     """`a` and `b` as they lie along the leaf, and the leaf axes that each depends on."""
-    factors = {
+    factors: Factors = {
         'a': lay(phi['a'], (*site.stack, *site.inputs, None), site.rank),
         'b': lay(phi['b'], (*site.stack, None, *site.outputs), site.rank),
     }

@@ -64,8 +64,8 @@ def need_tokens(site: Site, who: str) -> None:
     """
     if site.tokens is None:
         raise ValueError(
-            f'{who} acts where tokens are; the output of {site.path!r}, {site.output}, does not grow '
-            'with the token argument. Leave it out of the target, or set tokens'
+            f'{who} acts where tokens are; the output of {site.path!r}, {site.output}, does not '
+            'grow with the token argument. Leave it out of the target, or set tokens'
         )
 
 

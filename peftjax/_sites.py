@@ -16,8 +16,8 @@ class Site:
 
     Attributes:
       path: of the leaf, or `@name` of a value named by `checkpoint_name`.
-      kind: one of `linear`, `embedding`, `convolution`, `expert`, `bias`, `scale` (a norm's weight),
-        `named`, `other` (the leaf enters an operation that is not a linear use).
+      kind: one of `linear`, `embedding`, `convolution`, `expert`, `bias`, `scale` (a norm's
+        weight), `named`, `other` (the leaf enters an operation that is not a linear use).
       shape: of the leaf with all its stacked layers; of a named value: stacked layers, then the
         dimensions of one token.
       dtype: of the leaf or value.

@@ -13,7 +13,8 @@ def masked_optimizer(tx: optax.GradientTransformation) -> optax.GradientTransfor
     """Restricts an optimizer to phi, for those who keep one tree `{'params': θ, 'phi': φ}`.
 
     `optax.masked` does not freeze: gradients that it does not transform pass through as updates.
-    Here the parameters get no state, and an update that leaves every bit as it was.
+    Here the parameters get no state, and an update that leaves every bit as it was (but for
+    subnormal numbers, which a backend may flush to zero whenever it adds to them).
 
     Args:
       tx: the optimizer for phi.
@@ -38,7 +39,7 @@ def masked_optimizer(tx: optax.GradientTransformation) -> optax.GradientTransfor
         if not isinstance(tree, dict) or set(tree) != {'params', 'phi'}:
             found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
             raise ValueError(f"the tree must be {{'params': …, 'phi': …}}; got {found}")
-        return {name: jax.tree.map(lambda _: name, tree[name]) for name in tree}
+        return {name: jax.tree.map(lambda _, name=name: name, tree[name]) for name in tree}
 
     return optax.partition({'phi': tx, 'params': _still()}, labels)
 
@@ -47,10 +48,14 @@ def _still() -> optax.GradientTransformation:
     """Updates that change nothing: -0.0, since x + 0.0 would turn -0.0 into 0.0."""
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        del params
-        return jax.tree.map(_nothing, updates), state
+        # the gradient of whole numbers has a dtype that nothing can be added to
+        return jax.tree.map(_nothing, updates if params is None else params), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    def init(params: PyTree) -> optax.OptState:
+        del params
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, update)
 
 
 def _nothing(leaf: Any) -> Any:

@@ -79,7 +79,7 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Step:
         key = jax.random.fold_in(state.key, state.step)
         loss, grads = jax.value_and_grad(loss_fn, argnums=1)(params, state.phi, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.phi)
-        phi = optax.apply_updates(state.phi, updates)
+        phi: Any = optax.apply_updates(state.phi, updates)  # optax has a narrower type for trees
         return TrainState(phi, opt_state, state.step + 1, state.key), loss
 
     return step

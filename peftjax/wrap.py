@@ -20,7 +20,8 @@ from peftjax.methods.prompt import PromptTuning
 class Forward:
     """A jitted `forward(params, phi, *args, dropout_key=None, **kwargs)`.
 
-    Arrays are traced; whatever else is passed (`train=False`, strings, functions) is static.
+    Arrays are traced; whatever else is passed (`train=False`, numbers, strings, functions) is
+    static: it must be hashable, and another value compiles again.
 
     Attributes:
       peft: the plan behind it, for `merge`, `pj.save` or wrapping other functions.
@@ -44,7 +45,7 @@ class Forward:
         """Calls the wrapped function."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if _traced(leaf)]
-        rest = tuple(_ARRAY if _traced(leaf) else leaf for leaf in leaves)
+        rest = tuple(_ARRAY if _traced(leaf) else _static(leaf) for leaf in leaves)
         return self._run((structure, rest), params, phi, arrays)
 
 
@@ -53,6 +54,20 @@ _ARRAY = object()
 
 def _traced(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _static(leaf: Any) -> Any:
+    """An argument that is not traced.
+
+    Raises:
+      TypeError: it cannot be compared with that of another call.
+    """
+    if getattr(leaf, '__hash__', None) is None:
+        raise TypeError(
+            f'an argument that is not an array must be hashable; got {leaf!r}. Close over it, or '
+            'make arrays of it'
+        )
+    return leaf
 
 
 class Wrapped(NamedTuple):

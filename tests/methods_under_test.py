@@ -60,7 +60,9 @@ EVERYWHERE = {
     'lora_twice': pj.chain(SMALL, pj.Lora(rank=1, target=LINEAR)),
     'dora_over_lora': pj.chain(SMALL, pj.Dora(rank=2, target=QUERY_VALUE)),
     'trained_lora_adapter': pj.chain(
-        pj.Trainable(target=DOWN), pj.Lora(rank=2, target=DOWN), pj.Adapter(target=DOWN, reduction=2)
+        pj.Trainable(target=DOWN),
+        pj.Lora(rank=2, target=DOWN),
+        pj.Adapter(target=DOWN, reduction=2),
     ),
     'prompt_prefix_norms': pj.chain(PROMPT, PREFIX, pj.NormTuning()),
     'ia3_prefix_named': pj.chain(pj.Ia3(target=(KEY, VALUE)), NAMED_PREFIX),

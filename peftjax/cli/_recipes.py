@@ -23,6 +23,7 @@ from peftjax import (
 HEAD = Trainable(target='^classifier/')
 BODY = '^(?!classifier/)'
 ATTENTION = r'attention/self/(query|value)/kernel'
+IA3 = ('attention/self/(key|value)/kernel', 'intermediate/dense/kernel')
 HEAD_RATE = 1e-2
 
 
@@ -61,9 +62,7 @@ RECIPES = {
                lambda: PrefixTuning(length=10, side='back', deviation=0.5), 1e-2),
         Recipe('bitfit', 'biases only', lambda: BitFit(target=BODY), 2e-3),
         Recipe('norms', 'norms only', lambda: NormTuning(target=BODY), 2e-3),
-        Recipe('ia3', 'rescaled keys, values and MLP',
-               lambda: Ia3(target=('attention/self/(key|value)/kernel', 'intermediate/dense/kernel')),
-               1e-2),
+        Recipe('ia3', 'rescaled keys, values and MLP', lambda: Ia3(target=IA3), 1e-2),
         Recipe('lora', 'LoRA, rank 8, on query and value',
                lambda: Lora(target=ATTENTION, rank=8, alpha=16), 2e-3),
         Recipe('dora', 'DoRA, rank 8, on query and value',

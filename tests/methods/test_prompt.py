@@ -207,7 +207,10 @@ def test_fields_out_of_range(fields, match):
         ({'target': 'key'}, r'PromptTuning adapts sites of kind embedding, named; .* \(linear\)'),
         ({'initial': (3, 9)}, r'initial holds ids outside the vocabulary of 9: \[3, 9, 3\]'),
         ({'initial': (-1,)}, 'initial holds ids outside the vocabulary of 9'),
-        ({'length': 10, 'initial': 'vocabulary'}, r'length=10\) draws different rows .* vocabulary of 9'),
+        (
+            {'length': 10, 'initial': 'vocabulary'},
+            r'length=10\) draws different rows .* vocabulary of 9',
+        ),
         ({'target': '@key'}, "'@key' set initial='random'"),
     ],
 )

@@ -1,0 +1,127 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import MODELS
+from prompted import IDS
+from prompted import PARAMS as PROMPTED
+from prompted import model as prompted
+from zoo import normal
+
+import peftjax as pj
+
+X, PARAMS, KEY = normal(0, 3, 6), {'kernel': normal(1, 6, 4)}, jax.random.key(0)
+
+
+def linear(params, x):
+    return x @ params['kernel']
+
+
+def away(phi):
+    return jax.tree.map(lambda leaf: leaf + 0.3, phi)
+
+
+def same_as_attached(wrapped, method, fn, params, *args, **kwargs):
+    peft = pj.attach(method, fn, params, *args, **kwargs)
+    forward, phi = wrapped
+    assert forward.peft == peft
+    for a, b in zip(jax.tree.leaves(phi), jax.tree.leaves(peft.init(KEY, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(
+        forward(params, away(phi), *args, **kwargs),
+        peft.wrap(fn)(params, away(phi), *args, **kwargs),
+        atol=1e-5,
+    )
+
+
+def test_the_front_doors_are_attach_and_init():
+    method = pj.Lora(rank=2, target='kernel')
+    wrapped = pj.lora_wrap(linear, PARAMS, X, key=KEY, rank=2, target='kernel')
+    same_as_attached(wrapped, method, linear, PARAMS, X)
+    method = pj.Adapter(reduction=2, target='kernel')
+    wrapped = pj.adapter_wrap(linear, PARAMS, X, key=KEY, reduction=2, target='kernel')
+    same_as_attached(wrapped, method, linear, PARAMS, X)
+    wrapped = pj.prompt_prepend(prompted, PROMPTED, IDS, key=KEY, length=2)
+    same_as_attached(wrapped, pj.PromptTuning(length=2), prompted, PROMPTED, IDS)
+    wrapped = pj.prefix_wrap(prompted, PROMPTED, IDS, key=KEY, length=2)
+    same_as_attached(wrapped, pj.PrefixTuning(length=2), prompted, PROMPTED, IDS)
+    method = pj.chain(pj.Lora(rank=2, target='kernel'), pj.Ia3(target='kernel'))
+    wrapped = pj.method_wrap(method, linear, PARAMS, X, key=KEY)
+    same_as_attached(wrapped, method, linear, PARAMS, X)
+
+
+def test_a_call_of_one_shape_is_traced_once():
+    traces = []
+
+    def counted(params, x, *, train=False):
+        traces.append(train)
+        return linear(params, x)
+
+    forward, phi = pj.lora_wrap(counted, PARAMS, X, key=KEY, rank=2, target='kernel')
+    forward(PARAMS, phi, X)
+    once = len(traces)
+    forward(PARAMS, away(phi), X + 1)
+    forward(PARAMS, phi, np.asarray(X))
+    assert len(traces) == once
+    forward(PARAMS, phi, X, train=True)
+    assert len(traces) > once and traces[-1] is True
+
+
+def test_what_is_not_an_array_is_static():
+    def fn(params, batch, act, *, train, scale=1.0):
+        assert isinstance(train, bool) and isinstance(scale, float) and batch['name'] == 'a'
+        return act(scale * linear(params, batch['x'])) + (1.0 if train else 0.0)
+
+    batch = {'x': X, 'name': 'a', 'none': None}
+    forward, phi = pj.lora_wrap(
+        fn, PARAMS, batch, jnp.tanh, key=KEY, kwargs={'train': False}, rank=2, target='kernel'
+    )
+    out = forward(PARAMS, phi, batch, jnp.tanh, train=True, scale=2.0)
+    np.testing.assert_allclose(out, jnp.tanh(2 * linear(PARAMS, X)) + 1, atol=1e-6)
+    out = forward(PARAMS, phi, batch, jnp.sin, train=False)
+    np.testing.assert_allclose(out, jnp.sin(linear(PARAMS, X)), atol=1e-6)
+
+
+def test_a_static_argument_must_be_hashable():
+    fn = lambda params, x, names: linear(params, x)
+    forward, phi = pj.lora_wrap(fn, PARAMS, X, 'a', key=KEY, rank=2, target='kernel')
+    with pytest.raises(TypeError, match=r"must be hashable; got \{'a'\}. Close over it"):
+        forward(PARAMS, phi, X, {'a'})
+
+
+def test_dropout_takes_a_key():
+    forward, phi = pj.lora_wrap(linear, PARAMS, X, key=KEY, rank=2, target='kernel', dropout=0.5)
+    phi = away(phi)
+    outs = [forward(PARAMS, phi, X, dropout_key=jax.random.key(i)) for i in (0, 0, 1)]
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert not jnp.allclose(outs[0], outs[2])
+    assert not jnp.allclose(outs[0], forward(PARAMS, phi, X))
+
+
+def test_a_forward_lives_inside_other_transformations():
+    case = MODELS['flax_nnx']
+    forward, phi = pj.lora_wrap(
+        case.fn, case.params, case.inputs, key=KEY, rank=2, target='query/kernel'
+    )
+    loss = lambda phi: (forward(case.params, phi, case.inputs) ** 2).mean()
+    grads = jax.jit(jax.grad(loss))(away(phi))
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), phi, away(phi))
+    losses = jax.vmap(loss)(stack)
+    np.testing.assert_allclose(losses, [loss(phi), loss(away(phi))], rtol=1e-5)
+
+
+def test_the_plan_is_at_hand():
+    forward, phi = pj.lora_wrap(linear, PARAMS, X, key=KEY, rank=2, target='kernel')
+    merged = forward.peft.merge(PARAMS, away(phi))
+    np.testing.assert_allclose(linear(merged, X), forward(PARAMS, away(phi), X), atol=1e-5)
+
+
+def test_there_is_no_default_seed():
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'key'"):
+        pj.lora_wrap(linear, PARAMS, X, rank=2, target='kernel')
+
+
+def test_errors_come_before_the_first_call():
+    with pytest.raises(ValueError, match="no site matches target='q_proj'. Nearest: 'kernel'"):
+        pj.lora_wrap(linear, PARAMS, X, key=KEY, target='q_proj')
