@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
-from peftjax import _equations, _paths
+from peftjax import _equations, _layout, _paths
 from peftjax._method import At, Rule
 from peftjax._record import ELEMENTWISE, Recorder
 from peftjax._standin import StandIn
@@ -451,13 +451,20 @@ class _Frame:
 def _jit(frame: _Frame, eqn: Any) -> Sequence[Any]:
     """The body of an inner jit is evaluated in place: what was pending may stay so."""
     values = [frame.read(v) for v in eqn.invars]
-    values = [
-        lax.with_sharding_constraint(value, where)
-        if isinstance(where, Sharding) and not isinstance(value, StandIn | Pending)
-        else value
-        for value, where in zip(values, eqn.params['in_shardings'], strict=True)
-    ]
-    return frame.enter(eqn.params['jaxpr'], values, frame.place)
+    values = map(_constrained, values, eqn.params['in_shardings'])
+    outs = frame.enter(eqn.params['jaxpr'], list(values), frame.place)
+    return list(map(_constrained, outs, eqn.params['out_shardings']))
+
+
+def _constrained(value: Any, where: Any) -> Any:
+    """A value laid out on the mesh as an inner jit asks."""
+    if not isinstance(where, Sharding):
+        return value
+    if isinstance(value, Pending):
+        return dataclasses.replace(value, value=_constrained(value.value, where))
+    if isinstance(value, StandIn):
+        return value.move(_layout.same(value.dims), lambda w: _constrained(w, where))
+    return lax.with_sharding_constraint(value, where)
 
 
 def _remat(frame: _Frame, eqn: Any) -> Sequence[Any]:

@@ -279,3 +279,34 @@ def shard_map_data() -> Case:
         out_specs=P('data'),
     )
     return bare(fn, normal(2, 6, 4, fan=6), normal(0, 4, 6), meshed=True)
+
+
+@APPLIES
+def gradients_inside() -> Case:
+    def fn(p, x):
+        def energy(p, x):
+            return jnp.sum(jnp.tanh(x @ p['w']) @ p['w'].T)
+
+        by_params, by_x = jax.grad(energy, (0, 1))(p, x)
+        each = jax.vmap(jax.grad(energy, 1), (None, 0))(p, x[:, None])
+        return by_params['w'] @ x.T, by_x, each
+
+    return Case(fn=fn, params={'w': SQUARE}, args=(X,), notes='the function differentiates itself')
+
+
+@APPLIES
+def barrier() -> Case:
+    def fn(w, x):
+        w, x = lax.optimization_barrier((w, x))
+        return x @ lax.optimization_barrier(w)
+
+    return bare(fn, SQUARE, X, served=('dense: enters optimization_barrier',))
+
+
+@APPLIES
+def cast_then_scanned() -> Case:
+    def fn(w, x):
+        w, x = w.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    return bare(fn, STACK, X, tolerance=5e-2)

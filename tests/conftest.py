@@ -7,5 +7,11 @@ os.environ['XLA_FLAGS'] = (
 ).strip()
 
 import jax
+import pytest
 
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    """No operand changes its dtype in silence; examples in docstrings know no such rule."""
+    with jax.numpy_dtype_promotion('strict'):
+        yield

@@ -31,7 +31,7 @@ class Twins:
 
 
 @functools.cache
-def twins(form: str, names: str, layers: int = 3) -> Twins:
+def twins(form: str, names: str, layers: int = 2) -> Twins:
     stacked = form == 'scanned'
     model = getattr(transformer, form)
     params = transformer.parameters(layers, stacked)

@@ -13,9 +13,8 @@ from quick import jit
 
 import peftjax as pj
 
-VARIANTS = ('conv_', 'einsum_', 'lookup_', 'take_', 'index_')
-FEWER = [name for name in APPLIES if not name.startswith(VARIANTS)]
-FEWER += ['conv_grouped', 'einsum_heads_out', 'lookup_vmapped', 'index_traced']
+FEWER = [*APPLIES.wing('applies_control'), *APPLIES.wing('applies_frameworks')[:10]]
+FEWER += ['plain', 'tied', 'reshaped', 'experts', 'conv_grouped', 'lookup_vmapped', 'concatenated']
 
 every = pytest.mark.parametrize('name', list(APPLIES))
 

@@ -194,7 +194,7 @@ def programs(draw):
     return program, start
 
 
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @hypothesis.given(programs())
 def test_random_programs_equal_the_merged_ones(pair):
     program, shape = pair

@@ -92,14 +92,14 @@ def close(one, other):
 def test_forward_and_gradient_are_those_of_one_device(kind):
     peft, phi = attached()
     assert {way for _, ways in peft.served for way in ways} == {'efficient'}
-    forward = peft.wrap(model)
+    forward = jax.jit(peft.wrap(model))
     step = jax.jit(jax.value_and_grad(loss(forward)))
     logits, (value, slope) = forward(PARAMS, phi, TOKENS), step(phi, PARAMS, TOKENS)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         params, tokens = sharded(mesh)
         spread = jax.device_put(phi, NamedSharding(mesh, P()))
-        there = jax.jit(forward)(params, spread, tokens)
+        there = forward(params, spread, tokens)
         close(there, logits)
         found, gradient = step(spread, params, tokens)
     assert there.sharding.spec[0] == 'data'
@@ -114,12 +114,9 @@ def test_merge_keeps_the_sharding_of_theta(kind):
     with jax.set_mesh(mesh):
         params, _ = sharded(mesh)
         merged = jax.jit(peft.merge)(params, jax.device_put(phi, NamedSharding(mesh, P())))
-        eager = peft.merge(params, jax.device_put(phi, NamedSharding(mesh, P())))
-    expected = peft.merge(PARAMS, phi)
-    for tree in (merged, eager):
-        jax.tree.map(close, tree, expected)
-        for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
-            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+    jax.tree.map(close, merged, jax.jit(peft.merge)(PARAMS, phi))
+    for one, other in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
 @kinds
@@ -158,3 +155,53 @@ def test_phi_may_be_sharded_along_theta(kind):
         spread['layers/up'] = {'a': up['a'], 'b': place(up['b'], None, None, 'model')}
         spread['layers/down'] = {'a': place(down['a'], None, 'model', None), 'b': down['b']}
         close(jax.jit(loss(peft.wrap(model)))(spread, params, tokens), value)
+
+
+def test_an_inner_jit_keeps_its_shardings():
+    mesh = mesh_of(AxisType.Auto)
+    place = lambda *spec: NamedSharding(mesh, P(*spec))
+    inner = jax.jit(
+        lambda w, x: x @ w,
+        in_shardings=(place(None, 'model'), place('data', None)),
+        out_shardings=place('data', 'model'),
+    )
+    fn = lambda params, x: inner(params['w'], x)
+    params, x = {'w': normal(0, 16, 64, fan=16)}, normal(1, 2, 16)
+    peft = pj.attach(pj.Lora(rank=2, target='w'), fn, params, x)
+    phi = jax.tree.map(lambda a: a + 0.1, peft.init(jax.random.key(0), params))
+    y = jax.jit(peft.wrap(fn))(params, phi, x)
+    assert y.sharding.is_equivalent_to(place('data', 'model'), 2)
+    close(y, fn(peft.merge(params, phi), x))
+
+
+def data_parallel(apply, mapped):
+    """The gradient step of one device out of eight, as it was done before meshes."""
+
+    def step(phi, params, x):
+        value, slope = jax.value_and_grad(lambda phi: jnp.sin(apply(params, phi, x)).mean())(phi)
+        return mapped(value), jax.tree.map(mapped, slope)
+
+    return step
+
+
+@pytest.mark.parametrize('way', ['shard_map', 'pmap'])
+def test_a_step_works_inside_shard_map_and_pmap(way):
+    def scanned(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    params, x = normal(0, 2, 6, 6, fan=6), normal(1, 8, 6)
+    peft = pj.attach(pj.Lora(rank=2, target='.*'), scanned, params, x)
+    phi = jax.tree.map(lambda a: a + 0.1, peft.init(jax.random.key(0), params))
+    mean = lambda leaf: jax.lax.pmean(leaf, 'data')
+
+    def run(apply):
+        step = data_parallel(apply, mean)
+        if way == 'pmap':
+            step = jax.pmap(step, axis_name='data', in_axes=(None, None, 0), out_axes=None)
+            return step(phi, params, x[:, None])
+        mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+        specs = {'in_specs': (P(), P(), P('data')), 'out_specs': P()}
+        return jax.jit(jax.shard_map(step, mesh=mesh, **specs))(phi, params, x)
+
+    merged = lambda params, phi, x: scanned(peft.merge(params, phi), x)
+    jax.tree.map(close, run(peft.wrap(scanned)), run(merged))

@@ -71,6 +71,10 @@ class Zoo(Mapping[str, Case]):
         self._makers[maker.__name__] = functools.cache(maker)
         return maker
 
+    def wing(self, module: str) -> list[str]:
+        """The names of the cases that a module makes."""
+        return [name for name, maker in self._makers.items() if maker.__module__ == module]
+
     def __getitem__(self, name: str) -> Case:
         return self._makers[name]()
 

@@ -28,7 +28,8 @@ class Lora(Method):
       alpha: the product is scaled by `alpha / rank`; `None` stands for `rank`, hence 1.
       rank_stabilized: scale by `alpha / sqrt(rank)` instead (Kalajdzievski 2023, arXiv:2312.03732).
       dropout: probability with which the input of the low-rank path is dropped, where the
-        forward is given a `dropout_key`; lookups have no such input and know no dropout.
+        forward is given a `dropout_key`; lookups, and uses that the plan calls dense, have no such
+        input and know no dropout.
       ranks: other ranks for some paths, `((pattern, rank), …)`; the first that matches counts.
       alphas: other alphas for some paths, likewise.
       dtype: of phi, whatever the dtype of the weights.

@@ -46,8 +46,8 @@ def test_every_model_tells_the_biases_of_its_layers(model):
     assert all(site.bias == (f'{site.path.rpartition("/")[0]}/bias',) for site in peft.sites[0])
     fresh = peft.init(jax.random.key(0), case.params)
     phi = {path: {'l': normal(i, *f['l'].shape)} for i, (path, f) in enumerate(fresh.items())}
-    out = case.fn(peft.merge(case.params, phi), case.inputs)
-    forward = peft.wrap(case.fn)(case.params, phi, case.inputs)
+    out = jax.jit(case.fn)(peft.merge(case.params, phi), case.inputs)
+    forward = jax.jit(peft.wrap(case.fn))(case.params, phi, case.inputs)
     np.testing.assert_allclose(forward, out, rtol=1e-4, atol=1e-5)
 
 

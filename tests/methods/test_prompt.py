@@ -152,16 +152,26 @@ def test_a_tied_table_is_overwritten_at_the_lookup_only():
     np.testing.assert_allclose(out, (jnp.tanh(x).cumsum(1) @ table.T)[:, 3:], atol=1e-5)
 
 
-def test_two_prompts_lie_in_the_order_of_the_chain():
-    both = pj.chain(outer=METHOD, inner=dataclasses.replace(METHOD, length=2))
-    fn = lambda params, ids: params['wte']['embedding'][ids].cumsum(1)
+@pytest.mark.parametrize('side', ['front', 'back'])
+def test_two_prompts_lie_in_the_order_of_the_chain(side):
+    """The first is nearer to the tokens."""
+    first = dataclasses.replace(METHOD, side=side)
+    both = pj.chain(first=first, second=dataclasses.replace(first, length=2))
+    places = jnp.arange(1.0, 11.0)[None, :, None]
+    weighted = lambda x: (x * places).sum(1)
+
+    def fn(params, ids):
+        x = params['wte']['embedding'][ids]
+        return weighted(x) if ids.shape[1] == 10 else x.sum(1)
+
     peft = pj.attach(both, fn, PARAMS, IDS)
     more = normal(8, 2, 4)
-    phi = {'outer': PHI, 'inner': {'wte/embedding': {'prompt': more}}}
-    out = peft.wrap(fn)(PARAMS, phi, IDS)
-    np.testing.assert_allclose(
-        out, fn(PARAMS, IDS) + (PROMPT.sum(0) + more.sum(0))[None, None], atol=1e-5
-    )
+    phi = {'first': PHI, 'second': {'wte/embedding': {'prompt': more}}}
+    rows = [jnp.broadcast_to(row, (2, *row.shape)) for row in (PROMPT, more)]
+    x = PARAMS['wte']['embedding'][IDS]
+    order = [rows[1], rows[0], x] if side == 'front' else [x, *rows]
+    wanted = weighted(jnp.concatenate(order, 1))
+    np.testing.assert_allclose(peft.wrap(fn)(PARAMS, phi, IDS), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_initial_rows():
