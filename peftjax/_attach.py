@@ -11,8 +11,9 @@ import numpy as np
 
 from peftjax import _paths, _virtual
 from peftjax._chain import Chain, part_keys
-from peftjax._interpret import Companion, Run, evaluate
+from peftjax._interpret import Run, evaluate
 from peftjax._method import Method, float32
+from peftjax._pending import Companion
 from peftjax._record import Recorder, distinct
 from peftjax._sites import Site, Sites, table
 from peftjax._standin import StandIn

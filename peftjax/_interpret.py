@@ -1,7 +1,6 @@
 """Evaluates a traced function with stand-ins in place of weights.
 
-This is the only file that knows jaxprs. Equations that no stand-in enters are run as they are,
-many at a time; control flow that one enters is rebuilt with the public functions of JAX.
+Equations that no stand-in enters are run as they are, many at a time.
 """
 
 import dataclasses
@@ -10,60 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
-import jax.numpy as jnp
-from jax import lax
-from jax.sharding import PartitionSpec, Sharding
 
-from peftjax import _equations, _layout, _paths
-from peftjax._method import At, Rule
+from peftjax import _equations, _jaxprs, _paths
+from peftjax._control import CALLS
+from peftjax._method import At
+from peftjax._pending import Companion, Pending, settled
 from peftjax._record import ELEMENTWISE, Recorder
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path
 from peftjax._use import Named
-
-
-@dataclasses.dataclass(frozen=True)
-class Companion(Rule):
-    """Marks a leaf that may be the bias of a layer whose output is adapted."""
-
-    def fits(self, at: At) -> bool:
-        """It is a plain array wherever it is used."""
-        del at
-        return False
-
-    def dense(self, view: StandIn, w: Array) -> Array:
-        """The leaf itself."""
-        del view
-        return w
-
-
-@dataclasses.dataclass
-class Pending:
-    """An output that waits for its layer's bias before methods of the output seam see it."""
-
-    value: Array
-    steps: tuple[tuple[At, Array, Rule], ...]
-    where: Any
-    moves: tuple[tuple[Callable[[Array], Array], Callable[[Array], Array]], ...] = ()
-    bias: tuple[StandIn, ...] = ()
-
-    @property
-    def parents(self) -> set[Path]:
-        """The modules whose biases belong to this output."""
-        return {_paths.parent(at.view.path) for at, _, _ in self.steps}
-
-    def resolve(self) -> Array:
-        """The output, adapted."""
-        y = self.value
-        with self.where.manager:
-            for undo, _ in reversed(self.moves):
-                y = undo(y)
-            for at, x, rule in self.steps:
-                y = rule.post(dataclasses.replace(at, bias=self.bias), x, y)
-            for _, redo in self.moves:
-                y = redo(y)
-        return y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +55,8 @@ def evaluate(
     """
     arguments = [*leaves, *inputs]
     closed = jax.make_jaxpr(fn)(*(_bottom(value) for value in arguments))
-    run = dataclasses.replace(run, places=_numbered(_names(closed.jaxpr)))
-    frame = _Frame(closed.jaxpr, closed.consts, run, 0)
+    run = dataclasses.replace(run, places=_numbered(_jaxprs.names(closed.jaxpr)))
+    frame = Frame(closed.jaxpr, closed.consts, run, 0)
     return [frame.array(out, 'is an output') for out in frame.run(arguments)]
 
 
@@ -125,36 +79,6 @@ def _from_below(view: Any) -> list[StandIn]:
     return [*_from_below(view.w), view] if isinstance(view, StandIn) else []
 
 
-def _settled(value: Any) -> Any:
-    return value.resolve() if isinstance(value, Pending) else value
-
-
-def _names(jaxpr: Any) -> list[str]:
-    """The values that are named in a jaxpr and in those inside it, in order."""
-    return [name for eqn in jaxpr.eqns for name in _names_in(eqn)]
-
-
-def _names_in(eqn: Any) -> list[str]:
-    if eqn.primitive.name == 'name':
-        return [eqn.params['name']]
-    return [name for inner in jex.jaxprs_in_params(eqn.params) for name in _names(inner)]
-
-
-def _run_as_they_are(eqns: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], values: Any):
-    """Evaluates untouched equations; keeps their name stacks, meshes and effects."""
-    effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    blank = jex.DebugInfo('peftjax', 'untouched equations', ('',) * len(ins), ('',) * len(outs))
-    jaxpr = jex.Jaxpr((), list(ins), list(outs), list(eqns), effects, blank)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*values)
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """Evaluates one equation on other values of the same shapes."""
-    fresh = jex.gensym()
-    ins, outs = [fresh(v.aval) for v in eqn.invars], [fresh(v.aval) for v in eqn.outvars]
-    return _run_as_they_are([eqn.replace(invars=ins, outvars=outs)], ins, outs, values)
-
-
 def _same_size(at: At, bias: StandIn) -> bool:
     """Whether a leaf has one number for each output of a use."""
     made = (at.view.shape[d] for d in (*at.use.batch, *at.use.free))
@@ -162,7 +86,7 @@ def _same_size(at: At, bias: StandIn) -> bool:
     return math.prod(own) == math.prod(made)
 
 
-class _Frame:
+class Frame:
     """The evaluation of one jaxpr.
 
     A value is an array, a stand-in, or a pending output. `place` counts named values, `here`
@@ -180,7 +104,7 @@ class _Frame:
         self.env.update(zip(self.jaxpr.invars, arguments, strict=True))
         for here, eqn in enumerate(self.jaxpr.eqns):
             self.here = here
-            named = len(_names_in(eqn))
+            named = len(_jaxprs.names_in(eqn))
             if self._touched(eqn, range(self.place, self.place + named)):
                 self._flush()
                 self._step(eqn)
@@ -193,7 +117,7 @@ class _Frame:
 
     def read(self, var: Any) -> Any:
         """The value of a variable or literal."""
-        return var.val if isinstance(var, jex.Literal) else self.env[var]
+        return var.val if isinstance(var, _jaxprs.Literal) else self.env[var]
 
     def settle(self, var: Any) -> Any:
         """The same; what was pending is resolved, once for all its readers."""
@@ -204,7 +128,7 @@ class _Frame:
 
     def array(self, value: Any, why: str) -> Any:
         """A value as an array; a stand-in gives its dense weight, and says why."""
-        value = _settled(value)
+        value = settled(value)
         if not isinstance(value, StandIn):
             return value
         if isinstance(value.rule, Recorder):
@@ -224,7 +148,9 @@ class _Frame:
             return True
         if any(self.ctx.places[place] in self.ctx.named for place in places):
             return True
-        held = [v for v in eqn.invars if not isinstance(v, jex.Literal) and v not in self.unmade]
+        held = [
+            v for v in eqn.invars if not isinstance(v, _jaxprs.Literal) and v not in self.unmade
+        ]
         return any(isinstance(self.env[v], StandIn | Pending) for v in held)
 
     def _flush(self) -> None:
@@ -236,18 +162,18 @@ class _Frame:
             v
             for eqn in self.waiting
             for v in eqn.invars
-            if not isinstance(v, jex.Literal) and v not in made
+            if not isinstance(v, _jaxprs.Literal) and v not in made
         )
-        outs = [v for v in made if not isinstance(v, jex.DropVar)]
+        outs = [v for v in made if not isinstance(v, _jaxprs.DropVar)]
         values = [self.env[v] for v in free]
         self.env.update(
-            zip(outs, _run_as_they_are(self.waiting, list(free), outs, values), strict=True)
+            zip(outs, _jaxprs.run_as_they_are(self.waiting, list(free), outs, values), strict=True)
         )
         self.waiting, self.unmade = [], set()
 
     def _step(self, eqn: Any) -> None:
         """Evaluates one equation that something special enters."""
-        call = _CALLS.get(eqn.primitive.name)
+        call = CALLS.get(eqn.primitive.name)
         with eqn.ctx.manager:
             if call is not None:
                 outs = call(self, eqn)
@@ -260,7 +186,7 @@ class _Frame:
         """An equation that only knows arrays."""
         name = eqn.primitive.name
         values = [self.settle(v) for v in eqn.invars]
-        outs = _bind(eqn, [self._operand(value, eqn) for value in values])
+        outs = _jaxprs.bind(eqn, [self._operand(value, eqn) for value in values])
         return [self._name(eqn.outvars[0], outs[0])] if name == 'name' else outs
 
     def _operand(self, value: Any, eqn: Any) -> Any:
@@ -293,7 +219,7 @@ class _Frame:
             moves = _equations.back_and_forth(name, eqn.params, eqn.invars[0].aval.shape)
             if moves is None:
                 return None
-            (value,) = _bind(eqn, [first.value])
+            (value,) = _jaxprs.bind(eqn, [first.value])
             return [dataclasses.replace(first, value=value, moves=(*first.moves, moves))]
         if not isinstance(first, StandIn):
             return None
@@ -303,7 +229,7 @@ class _Frame:
         if name == 'split':
             return self._split(eqn, first)
         layout = _equations.layout(name, eqn.params, first.dims, first.shape, index)
-        moved = layout and first.move(layout, lambda w: _bind(eqn, [w, *index])[0])
+        moved = layout and first.move(layout, lambda w: _jaxprs.bind(eqn, [w, *index])[0])
         return moved and [moved]
 
     def _shifted(self, eqn: Any) -> Sequence[Any] | None:
@@ -317,13 +243,13 @@ class _Frame:
         if not view.shape or var.aval.shape:
             return None
         other = self.settle(var)
-        (w,) = _bind(eqn, [view.w, other] if i == 0 else [other, view.w])
+        (w,) = _jaxprs.bind(eqn, [view.w, other] if i == 0 else [other, view.w])
         return [dataclasses.replace(view, w=w, rule=view.rule.within(f'enters {name}'))]
 
     def _split(self, eqn: Any, view: StandIn) -> Sequence[Any] | None:
         parts = []
         for i, cut in enumerate(_equations.split(eqn.params, view.dims, view.shape)):
-            parts.append(view.move(cut, lambda w, i=i: _bind(eqn, [w])[i]))
+            parts.append(view.move(cut, lambda w, i=i: _jaxprs.bind(eqn, [w])[i]))
         return None if any(part is None for part in parts) else parts
 
     def _add_bias(self, eqn: Any) -> Sequence[Any] | None:
@@ -343,7 +269,7 @@ class _Frame:
             if not any(_same_size(at, right) for at, _, _ in left.steps):
                 return None
             right.rule.bias(right, left.value.shape)
-        (value,) = _bind(eqn, [left.value, right.dense()])
+        (value,) = _jaxprs.bind(eqn, [left.value, right.dense()])
         return [dataclasses.replace(left, value=value, bias=(*left.bias, right))]
 
     def _use(self, eqn: Any) -> Sequence[Any] | None:
@@ -367,7 +293,7 @@ class _Frame:
 
         def run(x: Any, w: Any) -> Array:
             new = {position: w, other: x}
-            return _bind(eqn, [new.get(i, value) for i, value in enumerate(values)])[0]
+            return _jaxprs.bind(eqn, [new.get(i, value) for i, value in enumerate(values)])[0]
 
         use = _equations.use(eqn.primitive.name, eqn.params, position, values, run)
         return use and (use, values[other], view)
@@ -422,11 +348,11 @@ class _Frame:
         for eqn in reversed(self.jaxpr.eqns):
             if wanted.intersection(eqn.outvars) and not any(v in self.env for v in eqn.outvars):
                 needed.append(eqn)
-                wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+                wanted.update(v for v in eqn.invars if not isinstance(v, _jaxprs.Literal))
         made = {v for eqn in needed for v in eqn.outvars}
         free = [v for v in wanted if v in self.env and v not in made]
         values = [self._raw(v) for v in free]
-        return _run_as_they_are(needed[::-1], free, [var], values)[0]
+        return _jaxprs.run_as_they_are(needed[::-1], free, [var], values)[0]
 
     def _raw(self, var: Any) -> Array:
         """A value as the untouched model has it at this moment."""
@@ -435,228 +361,14 @@ class _Frame:
             return value.value
         return value.dense() if isinstance(value, StandIn) else value
 
-    # Control flow -------------------------------------------------------------------------------
-
-    def enter(self, jaxpr: Any, arguments: Sequence[Any], place: int, run: Run | None = None):
+    def enter(
+        self, jaxpr: Any, arguments: Sequence[Any], place: int, run: Run | None = None
+    ) -> list[Any]:
         """Evaluates an inner jaxpr."""
-        inner, consts = (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, 'consts') else (jaxpr, ())
-        return _Frame(inner, consts, run or self.ctx, place).run(arguments)
+        inner, consts = _jaxprs.opened(jaxpr)
+        return Frame(inner, consts, run or self.ctx, place).run(arguments)
 
     def within(self, eqn: Any) -> dict[Path, StandIn]:
         """The stand-ins of the values that are named inside an equation."""
-        inside = self.ctx.places[self.place : self.place + len(_names_in(eqn))]
+        inside = self.ctx.places[self.place : self.place + len(_jaxprs.names_in(eqn))]
         return {path: self.ctx.named[path] for path in inside if path in self.ctx.named}
-
-
-def _jit(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    """The body of an inner jit is evaluated in place: what was pending may stay so."""
-    values = [frame.read(v) for v in eqn.invars]
-    values = map(_constrained, values, eqn.params['in_shardings'])
-    outs = frame.enter(eqn.params['jaxpr'], list(values), frame.place)
-    return list(map(_constrained, outs, eqn.params['out_shardings']))
-
-
-def _constrained(value: Any, where: Any) -> Any:
-    """A value laid out on the mesh as an inner jit asks."""
-    if not isinstance(where, Sharding):
-        return value
-    if isinstance(value, Pending):
-        return dataclasses.replace(value, value=_constrained(value.value, where))
-    if isinstance(value, StandIn):
-        return value.move(_layout.same(value.dims), lambda w: _constrained(w, where))
-    return lax.with_sharding_constraint(value, where)
-
-
-def _remat(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    params = eqn.params
-    values = [frame.settle(v) for v in eqn.invars]
-    named = frame.within(eqn)
-
-    def body(named: dict[Path, StandIn], values: Sequence[Any]) -> Sequence[Any]:
-        run = dataclasses.replace(frame.ctx, named=named)
-        return [_settled(out) for out in frame.enter(params['jaxpr'], values, frame.place, run)]
-
-    again = jax.checkpoint(body, prevent_cse=params['prevent_cse'], policy=params['policy'])
-    return again(named, values)
-
-
-def _scan(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    params = eqn.params
-    jaxpr, length = params['jaxpr'], params['length']
-    n_consts, n_carry = _scan_counts(params)
-    consts = [frame.settle(v) for v in eqn.invars[:n_consts]]
-    carry, kept = _carried(frame, eqn, n_consts, jaxpr, n_consts, n_carry)
-    xs = [frame.settle(v) for v in eqn.invars[n_consts + n_carry :]]
-    xs = [x.lead() if isinstance(x, StandIn) else x for x in xs]
-    named = frame.within(eqn)
-    run = dataclasses.replace(frame.ctx, stack=(*frame.ctx.stack, length))
-
-    def body(carry: Sequence[Any], sliced: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-        named, xs = sliced
-        named = {path: view.body() for path, view in named.items()}
-        xs = [x.body() if isinstance(x, StandIn) else x for x in xs]
-        whole = [kept.get(i, value) for i, value in enumerate(carry)]
-        inside = dataclasses.replace(run, named=named)
-        outs = frame.enter(jaxpr, [*consts, *whole, *xs], frame.place, inside)
-        outs = [
-            carry[i] if i in kept else frame.array(o, 'leaves scan') for i, o in enumerate(outs)
-        ]
-        return outs[:n_carry], outs[n_carry:]
-
-    how = {'length': length, 'reverse': params['reverse'], 'unroll': params['unroll']}
-    carry, ys = lax.scan(body, carry, (named, xs), **how)
-    return [*(kept.get(i, value) for i, value in enumerate(carry)), *ys]
-
-
-def _scan_counts(params: Any) -> tuple[int, int]:
-    """How many of a scan's operands are constants and carries, in either version of JAX."""
-    if 'num_consts' in params:
-        return params['num_consts'], params['num_carry']
-    consts, carry, _ = params['ft_in'].unpack()
-    return len(list(consts.vals)), len(list(carry.vals))
-
-
-def _carried(
-    frame: _Frame, eqn: Any, first: int, body: Any, body_first: int, count: int
-) -> tuple[list[Any], dict[int, StandIn]]:
-    """The carry of a loop; a stand-in that goes round unchanged is held outside of it.
-
-    The carry begins at operand `first` of the equation and at argument `body_first` of the body.
-    """
-    body = getattr(body, 'jaxpr', body)
-    carry, kept = [], {}
-    for i, var in enumerate(eqn.invars[first : first + count]):
-        value = frame.settle(var)
-        unchanged = body.outvars[i] is body.invars[body_first + i]
-        if isinstance(value, StandIn) and unchanged:
-            kept[i], value = value, jnp.zeros(())
-        elif isinstance(value, StandIn):
-            value = frame.array(value, f'enters {eqn.primitive.name}')
-        carry.append(value)
-    return carry, kept
-
-
-def _while(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    params = eqn.params
-    n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
-    cond_consts = [frame.settle(v) for v in eqn.invars[:n_cond]]
-    body_consts = [frame.settle(v) for v in eqn.invars[n_cond : n_cond + n_body]]
-    body_jaxpr, cond_jaxpr = params['body_jaxpr'], params['cond_jaxpr']
-    first = n_cond + n_body
-    carry, kept = _carried(frame, eqn, first, body_jaxpr, n_body, len(eqn.invars) - first)
-    cond_place, body_place = _places(frame, (cond_jaxpr, body_jaxpr))
-
-    def whole(carry: Sequence[Any]) -> list[Any]:
-        return [kept.get(i, value) for i, value in enumerate(carry)]
-
-    def cond(carry: Sequence[Any]) -> Any:
-        (out,) = frame.enter(cond_jaxpr, [*cond_consts, *whole(carry)], cond_place)
-        return frame.array(out, 'leaves while')
-
-    def body(carry: Sequence[Any]) -> Sequence[Any]:
-        outs = frame.enter(body_jaxpr, [*body_consts, *whole(carry)], body_place)
-        return [
-            carry[i] if i in kept else frame.array(o, 'leaves while') for i, o in enumerate(outs)
-        ]
-
-    return whole(lax.while_loop(cond, body, carry))
-
-
-def _places(frame: _Frame, jaxprs: Sequence[Any]) -> list[int]:
-    """Where the count of named values stands at the start of each inner jaxpr."""
-    sizes = [len(_names(getattr(jaxpr, 'jaxpr', jaxpr))) for jaxpr in jaxprs]
-    return [frame.place + sum(sizes[:i]) for i in range(len(sizes))]
-
-
-def _cond(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    branches = eqn.params['branches']
-    index, *values = (frame.settle(v) for v in eqn.invars)
-    starts = _places(frame, branches)
-
-    def branch(jaxpr: Any, place: int) -> Callable[..., Sequence[Any]]:
-        return lambda *values: [
-            frame.array(out, 'leaves cond') for out in frame.enter(jaxpr, values, place)
-        ]
-
-    bodies = [branch(*pair) for pair in zip(branches, starts, strict=True)]
-    return lax.switch(index, bodies, *values)
-
-
-def _custom(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    """A call with a derivative rule of its own gets arrays; sites inside it are still found."""
-    recorder = frame.ctx.recorder
-    name = eqn.primitive.name
-    if recorder is None:
-        inside = frame.within(eqn)
-        for view in inside.values():
-            raise ValueError(f'{view.path!r} is named inside a {name}: it cannot be adapted there')
-        return _bind(eqn, [frame.array(frame.settle(v), f'enters {name}') for v in eqn.invars])
-    inside = f'inside {name}'
-    values = [frame.settle(v) for v in eqn.invars]
-    values = [
-        dataclasses.replace(value, rule=value.rule.within(inside))
-        if isinstance(value, StandIn) and isinstance(value.rule, Recorder)
-        else value
-        for value in values
-    ]
-    run = dataclasses.replace(frame.ctx, recorder=recorder.within(inside))
-    outs = frame.enter(eqn.params['call_jaxpr'], values, frame.place, run)
-    return [frame.array(out, inside) for out in outs]
-
-
-def _shard_map(frame: _Frame, eqn: Any) -> Sequence[Any]:
-    params, recording = eqn.params, frame.ctx.recorder is not None
-    values = [frame.settle(v) for v in eqn.invars]
-    for value, spec in zip(values, params['in_specs'], strict=True):
-        if isinstance(value, StandIn) and value.rule.deferred and any(spec) and not recording:
-            raise ValueError(
-                f'the output of {value.path!r} cannot be adapted inside shard_map, where each '
-                f'device holds a part of the weight ({spec}) and of its output. Use a method of '
-                'the weight seam, or leave the path out of the target'
-            )
-    specs = [
-        _specs(value, spec) if isinstance(value, StandIn) else spec
-        for value, spec in zip(values, params['in_specs'], strict=True)
-    ]
-
-    def body(*values: Any) -> tuple[Any, ...]:
-        outs = frame.enter(params['jaxpr'], values, frame.place)
-        return tuple(frame.array(out, 'leaves shard_map') for out in outs)
-
-    mapped = jax.shard_map(
-        body,
-        mesh=params['mesh'],
-        in_specs=tuple(specs),
-        out_specs=tuple(params['out_specs']),
-        axis_names=params['newly_manual_axes'],
-        check_vma=params['check_vma'],
-    )
-    return mapped(*values)
-
-
-def _specs(view: Any, spec: PartitionSpec) -> Any:
-    """A stand-in's factors lie on the mesh as the dimensions of the weight that they share."""
-    if not isinstance(view, StandIn):
-        return spec
-    axes = (*spec, *(None,) * (len(view.dims) - len(spec)))
-    laid = {}
-    for name, order in view.orders:
-        full = view.full(name)
-        where = {order[d]: axis for d, axis in enumerate(axes) if full[d]}
-        laid[name] = PartitionSpec(*(where.get(d) for d in range(view.laid[name].ndim)))
-    return dataclasses.replace(view, w=_specs(view.w, spec), laid=laid)
-
-
-_CALLS: dict[str, Callable[[_Frame, Any], Sequence[Any]]] = {
-    'jit': _jit,
-    'pjit': _jit,
-    'remat': _remat,
-    'remat2': _remat,
-    'checkpoint': _remat,
-    'scan': _scan,
-    'while': _while,
-    'cond': _cond,
-    'custom_jvp_call': _custom,
-    'custom_vjp_call': _custom,
-    'shard_map': _shard_map,
-}
