@@ -8,6 +8,7 @@ from peftjax._chain import chain as chain
 from peftjax._method import Method as Method
 from peftjax._sites import Site as Site
 from peftjax._sites import Sites as Sites
+from peftjax._version import __version__ as __version__
 from peftjax.checkpoint import CheckpointError as CheckpointError
 from peftjax.checkpoint import Loaded as Loaded
 from peftjax.checkpoint import load as load
@@ -36,5 +37,3 @@ from peftjax.wrap import lora_wrap as lora_wrap
 from peftjax.wrap import method_wrap as method_wrap
 from peftjax.wrap import prefix_wrap as prefix_wrap
 from peftjax.wrap import prompt_prepend as prompt_prepend
-
-__version__ = '0.1.0'

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from peftjax import _paths
 from peftjax._factor import Factor, lay
-from peftjax._method import At, Rule, site_key, stacked_keys
+from peftjax._method import At, Method, Rule, site_key, stacked_keys
 from peftjax._sites import Site
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
@@ -59,41 +59,6 @@ def direction(at: At) -> tuple[str, str] | None:
     return None
 
 
-def scale_of(method: Any, site: Site) -> float:
-    """The factor of the low-rank product at a site."""
-    rank = rank_of(method, site)
-    alpha = _pattern(method.alphas, site.path, rank if method.alpha is None else method.alpha)
-    return alpha / (math.sqrt(rank) if method.rank_stabilized else rank)
-
-
-def rank_of(method: Any, site: Site) -> int:
-    """The rank at a site."""
-    return _pattern(method.ranks, site.path, method.rank)
-
-
-def _pattern(pairs: tuple[tuple[str, Any], ...], path: Path, default: Any) -> Any:
-    return next((value for pattern, value in pairs if _paths.matches(pattern, path)), default)
-
-
-def fresh_pair(method: Any, key: Array, site: Site) -> dict[str, Array]:
-    """`a` and `b` of a site; their product is zero."""
-    rank = rank_of(method, site)
-    most = min(site.fan_in, site.fan_out)
-    if rank > most:
-        raise ValueError(
-            f'{type(method).__name__}(rank={rank}) on {site.path!r} of shape {site.shape}: rank '
-            f'must be at most {most}. Lower it, or set ranks=(({site.path!r}, {most}),)'
-        )
-    stack, key = site.sizes(site.stack), site_key(key, site.path)
-    a = (*stack, *site.sizes(site.inputs), rank)
-    b = (*stack, rank, *site.sizes(site.outputs))
-    dtype = jnp.dtype(method.dtype)
-    if site.kind == 'embedding':
-        return {'a': jnp.zeros(a, dtype), 'b': jax.random.normal(key, b, dtype)}
-    bound = 1 / math.sqrt(site.fan_in)
-    return {'a': jax.random.uniform(key, a, dtype, -bound, bound), 'b': jnp.zeros(b, dtype)}
-
-
 def pair_factors(site: Site, phi: Phi) -> tuple[Factors, Spans]:
     """`a` and `b` as they lie along the leaf, and the leaf axes that each depends on."""
     factors: Factors = {
@@ -107,27 +72,84 @@ def pair_factors(site: Site, phi: Phi) -> tuple[Factors, Spans]:
     return factors, spans
 
 
-def dropout_factor(
-    probability: float, key: Array | None, site: Site, factors: Factors, spans: Spans
-) -> float:
-    """Adds the keys of dropout to the factors, if it is on; returns its probability."""
-    if key is None or not probability:
-        return 0.0
-    factors['key'] = lay(stacked_keys(key, site), site.stack, site.rank)
-    spans['key'] = frozenset(site.stack)
-    return probability
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankMethod(Method):
+    """A method with a pair `a`, `b` at each weight; a method of this kind adds what it does more.
+
+    Attributes:
+      rank: inner width of the product.
+      alpha: the product is scaled by `alpha / rank`; `None` stands for `rank`, hence 1.
+      rank_stabilized: scale by `alpha / sqrt(rank)` instead.
+      dropout: probability with which the input of the low-rank path is dropped.
+      ranks: other ranks for some paths, `((pattern, rank), …)`; the first that matches counts.
+      alphas: other alphas for some paths, likewise.
+      dtype: of phi.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    dtype: str = 'float32'
+
+    kinds: ClassVar[tuple[str, ...]] = ('linear', 'expert', 'embedding', 'convolution', 'other')
+    seam: ClassVar[str] = 'weight'
+    mergeable: ClassVar[bool] = True
+    patterned: ClassVar[tuple[str, ...]] = ('ranks', 'alphas')
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        every = (('rank', self.rank), *((f'ranks[{p!r}]', r) for p, r in self.ranks))
+        for field, rank in every:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f'{name}: {field} must be a positive integer; got {rank!r}')
+        alphas = (('alpha', self.alpha), *((f'alphas[{p!r}]', a) for p, a in self.alphas))
+        for field, alpha in alphas:
+            if alpha is not None and not alpha > 0:
+                raise ValueError(f'{name}: {field} must be positive; got {alpha!r}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'{name}: dropout must be in [0, 1); got {self.dropout!r}')
+
+    def rank_at(self, site: Site) -> int:
+        """The rank at a site."""
+        return _pattern(self.ranks, site.path, self.rank)
+
+    def scale_at(self, site: Site) -> float:
+        """The factor of the product at a site."""
+        rank = self.rank_at(site)
+        alpha = _pattern(self.alphas, site.path, rank if self.alpha is None else self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def pair(self, key: Array, site: Site) -> dict[str, Array]:
+        """`a` and `b` of a site; their product is zero."""
+        rank = self.rank_at(site)
+        most = min(site.fan_in, site.fan_out)
+        if rank > most:
+            raise ValueError(
+                f'{type(self).__name__}(rank={rank}) on {site.path!r} of shape {site.shape}: rank '
+                f'must be at most {most}. Lower it, or set ranks=(({site.path!r}, {most}),)'
+            )
+        stack, key = site.sizes(site.stack), site_key(key, site.path)
+        a = (*stack, *site.sizes(site.inputs), rank)
+        b = (*stack, rank, *site.sizes(site.outputs))
+        dtype = jnp.dtype(self.dtype)
+        if site.kind == 'embedding':
+            return {'a': jnp.zeros(a, dtype), 'b': jax.random.normal(key, b, dtype)}
+        bound = 1 / math.sqrt(site.fan_in)
+        return {'a': jax.random.uniform(key, a, dtype, -bound, bound), 'b': jnp.zeros(b, dtype)}
+
+    def low_rank(self, site: Site, phi: Phi, key: Array | None) -> tuple[Factors, Spans, 'LowRank']:
+        """The pair along the leaf, the axes that each depends on, and the rule of the product."""
+        factors, spans = pair_factors(site, phi)
+        dropout = 0.0
+        if key is not None and self.dropout:
+            dropout = self.dropout
+            factors['key'] = lay(stacked_keys(key, site), site.stack, site.rank)
+            spans['key'] = frozenset(site.stack)
+        return factors, spans, LowRank(self.scale_at(site), dropout)
 
 
-def check_low_rank(method: Any) -> None:
-    """Refuses fields out of range."""
-    name = type(method).__name__
-    every = (('rank', method.rank), *((f'ranks[{p!r}]', r) for p, r in method.ranks))
-    for field, rank in every:
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f'{name}: {field} must be a positive integer; got {rank!r}')
-    alphas = (('alpha', method.alpha), *((f'alphas[{p!r}]', a) for p, a in method.alphas))
-    for field, alpha in alphas:
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f'{name}: {field} must be positive; got {alpha!r}')
-    if not 0 <= method.dropout < 1:
-        raise ValueError(f'{name}: dropout must be in [0, 1); got {method.dropout!r}')
+def _pattern(pairs: tuple[tuple[str, Any], ...], path: Path, default: Any) -> Any:
+    return next((value for pattern, value in pairs if _paths.matches(pattern, path)), default)

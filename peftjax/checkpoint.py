@@ -6,7 +6,6 @@ manifest.json   the sha256 of every file
 """
 
 import dataclasses
-import importlib.metadata
 import inspect
 import json
 import os
@@ -24,6 +23,7 @@ from peftjax._manifest import CheckpointError as CheckpointError
 from peftjax._method import Method
 from peftjax._sites import Site
 from peftjax._types import Phi, PyTree
+from peftjax._version import __version__
 
 ADAPTER = 'adapter.json'
 ARRAYS = 'phi'
@@ -140,7 +140,7 @@ def save(
     arrays = _arrays.host(phi)
     if not allow_nonfinite:
         _arrays.check_finite(arrays, 'phi')
-    writer = f'peftjax {importlib.metadata.version("peftjax")}'
+    writer = f'peftjax {__version__}'
     text = _document(
         {
             'format': _manifest.FORMAT,

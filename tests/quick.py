@@ -1,4 +1,7 @@
-"""Compiles fast: programs that run once need no optimization."""
+"""Compiles fast, and operations as they are written: what XLA fuses may round in another way.
+
+The options are part of what `jax.jit` caches by; a configuration flag is not.
+"""
 
 import functools
 from typing import Any

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from blocks import MODELS, Model
 from methods_under_test import CONVOLUTION, EVERYWHERE, EXPERTS, RAGGED
 
@@ -50,14 +51,6 @@ SEAMS = [
 """Every seam. JAX has no vmap of `ragged_dot` yet, and no second derivative."""
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _as_written():
-    """Operations as they are written: what XLA fuses may round in another way."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """A method attached to a model."""
@@ -83,7 +76,7 @@ def pair(method: str, model: str) -> Pair:
         traces.append(None)
         return case.fn(params, ids)
 
-    return Pair(case, chosen, peft, fresh, away(fresh), jax.jit(peft.wrap(counted)), traces)
+    return Pair(case, chosen, peft, fresh, away(fresh), quick.jit(peft.wrap(counted)), traces)
 
 
 @functools.cache
@@ -94,7 +87,7 @@ def base(model: str) -> Any:
 
 @functools.cache
 def jitted(model: str) -> Any:
-    return jax.jit(MODELS[model].fn)
+    return quick.jit(MODELS[model].fn)
 
 
 def away(phi: Any) -> Any:
@@ -170,11 +163,11 @@ def test_only_phi_learns_and_all_of_it(method, model):
     p = pair(method, model)
     params, wanted = p.model.params, 0.9 * base(model)
     before = jax.tree.map(np.array, params)
-    tx = optax.adam(1e-2)
+    forward, tx = p.peft.wrap(p.model.fn), optax.adam(1e-2)
 
-    @jax.jit
+    @quick.jit
     def step(params, phi, state):
-        loss = lambda phi: jnp.mean((p.forward(params, phi, p.model.inputs) - wanted) ** 2)
+        loss = lambda phi: jnp.mean((forward(params, phi, p.model.inputs) - wanted) ** 2)
         value, grads = jax.value_and_grad(loss)(phi)
         with jax.numpy_dtype_promotion('standard'):  # of optax's counts
             updates, state = tx.update(grads, state)
@@ -263,7 +256,7 @@ def test_vmap_over_phi_is_a_loop(method, model):
     p = pair(method, model)
     params, ids = p.model.params, p.model.inputs
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), p.fresh, p.phi)
-    forward = jax.jit(jax.vmap(p.peft.wrap(p.model.fn), in_axes=(None, 0, None)))
+    forward = quick.jit(jax.vmap(p.peft.wrap(p.model.fn), in_axes=(None, 0, None)))
     loop = [p.forward(params, phi, ids) for phi in (p.fresh, p.phi)]
     close(forward(params, stack, ids), jnp.stack(loop), 1e-5)
 
@@ -271,10 +264,11 @@ def test_vmap_over_phi_is_a_loop(method, model):
 @pairs(SEAMS)
 def test_second_order_gradients_are_finite(method, model):
     p = pair(method, model)
+    forward = p.peft.wrap(p.model.fn)
 
-    @jax.jit
+    @quick.jit
     def twice(phi):
-        loss = lambda phi: jnp.mean(p.forward(p.model.params, phi, p.model.inputs) ** 2)
+        loss = lambda phi: jnp.mean(forward(p.model.params, phi, p.model.inputs) ** 2)
         inner = lambda phi: sum(jnp.sum(g * g) for g in jax.tree.leaves(jax.grad(loss)(phi)))
         return jax.grad(inner)(phi)
 
@@ -287,7 +281,7 @@ def test_second_order_gradients_are_finite(method, model):
 def test_one_seed_gives_one_phi(method, model):
     p = pair(method, model)
     same(p.peft.init(jax.random.key(1), p.model.params), p.fresh)
-    under_jit = jax.jit(p.peft.init)(jax.random.key(1), p.model.params)
+    under_jit = quick.jit(p.peft.init)(jax.random.key(1), p.model.params)
     close(under_jit, p.fresh, 1e-6)
 
 

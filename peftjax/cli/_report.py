@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from peftjax._version import __version__
+
 HEAD = (
     'method', 'trained', '% of model', 'on disk', 'train s', 'steps/s', 'peak', 'accuracy',
 )  # fmt: skip
@@ -63,8 +65,13 @@ def versions() -> dict[str, str]:
     """What the figures were made with."""
     import jax
 
-    found = {name: importlib.metadata.version(name) for name in ('peftjax', 'jax', 'flax', 'optax')}
-    return {'python': platform.python_version(), **found, 'device': jax.devices()[0].device_kind}
+    found = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax')}
+    return {
+        'peftjax': __version__,
+        'python': platform.python_version(),
+        **found,
+        'device': jax.devices()[0].device_kind,
+    }
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

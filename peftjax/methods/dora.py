@@ -7,22 +7,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from peftjax._lowrank import (
-    LowRank,
-    check_low_rank,
-    dropout_factor,
-    fresh_pair,
-    pair_factors,
-    scale_of,
-)
-from peftjax._method import At, Method, Rule, float32
+from peftjax._lowrank import LowRank, LowRankMethod
+from peftjax._method import At, Rule, float32
 from peftjax._sites import Site
 from peftjax._standin import StandIn, place
 from peftjax._types import Array, Path, Phi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dora(Method):
+class Dora(LowRankMethod):
     """Splits a weight into magnitude and direction: `m * v / norm(v)`, `v = w + scale * a @ b`.
 
     The norm is taken over the inputs of each output and counts as a constant for gradients
@@ -57,42 +50,25 @@ class Dora(Method):
     Reference: Liu et al. 2024, equation 5.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    rank_stabilized: bool = False
-    dropout: float = 0.0
-    ranks: tuple[tuple[str, int], ...] = ()
-    alphas: tuple[tuple[str, float], ...] = ()
-    dtype: str = 'float32'
-
-    kinds: ClassVar[tuple[str, ...]] = ('linear', 'expert', 'embedding', 'convolution', 'other')
-    seam: ClassVar[str] = 'weight'
     identity: ClassVar[str] = 'rounding'
-    mergeable: ClassVar[bool] = True
-    patterned: ClassVar[tuple[str, ...]] = ('ranks', 'alphas')
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
 
     def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
         """See `Method`; the magnitudes are read from the weights."""
         phi = {}
         for site in sites:
-            pair = fresh_pair(self, key, site)
+            pair = self.pair(key, site)
             norm = jnp.sqrt(_square(params[site.path], site)).astype(self.dtype)
             phi[site.path] = {**pair, 'm': norm}
         return phi
 
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
-        scale = scale_of(self, site)
-        factors, spans = pair_factors(site, phi)
-        norm = _norm(w.dense() if isinstance(w, StandIn) else w, phi, site, scale)
+        factors, spans, product = self.low_rank(site, phi, key)
+        norm = _norm(w.dense() if isinstance(w, StandIn) else w, phi, site, product.scale)
         made = (*site.stack, *site.outputs)
         factors['gain'] = place(float32(phi['m']) / norm, made, site.rank)
         spans['gain'] = frozenset(made)
-        dropout = dropout_factor(self.dropout, key, site, factors, spans)
-        return StandIn.over(site, w, factors, spans, Decomposed(LowRank(scale, dropout)))
+        return StandIn.over(site, w, factors, spans, Decomposed(product))
 
 
 @dataclasses.dataclass(frozen=True)

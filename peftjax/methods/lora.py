@@ -4,22 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from peftjax._lowrank import (
-    LowRank,
-    check_low_rank,
-    dropout_factor,
-    fresh_pair,
-    pair_factors,
-    scale_of,
-)
-from peftjax._method import Method
+from peftjax._lowrank import LowRankMethod
 from peftjax._sites import Site
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lora(Method):
+class Lora(LowRankMethod):
     """Adds a low-rank product to chosen weights: `w + scale * a @ b`.
 
     Attributes:
@@ -57,30 +49,14 @@ class Lora(Method):
     Reference: Hu et al. 2021, section 4.1, equation 3.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    rank_stabilized: bool = False
-    dropout: float = 0.0
-    ranks: tuple[tuple[str, int], ...] = ()
-    alphas: tuple[tuple[str, float], ...] = ()
-    dtype: str = 'float32'
-
-    kinds: ClassVar[tuple[str, ...]] = ('linear', 'expert', 'embedding', 'convolution', 'other')
-    seam: ClassVar[str] = 'weight'
     identity: ClassVar[str] = 'exact'
-    mergeable: ClassVar[bool] = True
-    patterned: ClassVar[tuple[str, ...]] = ('ranks', 'alphas')
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
 
     def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
         """See `Method`; the weights are not looked at."""
         del params
-        return {site.path: fresh_pair(self, key, site) for site in sites}
+        return {site.path: self.pair(key, site) for site in sites}
 
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
-        factors, spans = pair_factors(site, phi)
-        dropout = dropout_factor(self.dropout, key, site, factors, spans)
-        return StandIn.over(site, w, factors, spans, LowRank(scale_of(self, site), dropout))
+        factors, spans, rule = self.low_rank(site, phi, key)
+        return StandIn.over(site, w, factors, spans, rule)
