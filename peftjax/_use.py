@@ -108,6 +108,17 @@ def placement(array: Array) -> tuple[Any, ...]:
     return (*spec, *(None,) * (array.ndim - len(spec)))
 
 
+def _mergeable(h: Array) -> bool:
+    """Whether to merge all dimensions of a hidden tensor but the last, as a CPU wants it.
+
+    The gradient of `b` sums over all of them. XLA on CPUs sums over one dimension in place, but
+    transposes the whole gradient of the output first where there are several. Elsewhere that costs
+    nothing, and apart the dimensions may be sharded each on its own.
+    """
+    whole = all(axis is None for axis in placement(h)[:-1])
+    return h.ndim > 2 and whole and jax.default_backend() == 'cpu'
+
+
 @dataclasses.dataclass(frozen=True)
 class Dot(Use):
     """`dot_general`, the weight on either side.
@@ -155,6 +166,9 @@ class Dot(Use):
         if self.weight_first:
             swapped = ((numbers[0][1], numbers[0][0]), numbers[1])
             return product(w, h, swapped, (*hs[:n], *ws, *hs[n:]), **how)
+        if not n and _mergeable(h):
+            rows = product(h.reshape(-1, h.shape[-1]), w, (((1,), (0,)), ((), ())), None, **how)
+            return rows.reshape(*h.shape[:-1], *w.shape[1:])
         return product(h, w, numbers, (*hs, *ws), **how)
 
     def read(self, y: Array, f: Factor) -> Array:
