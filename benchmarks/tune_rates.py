@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument('--methods', default=','.join(GRID))
     parser.add_argument('--seeds', default='100')
     parser.add_argument('--shots', type=int, default=10)
+    parser.add_argument('--epochs', type=int, default=Settings.epochs)
     options = parser.parse_args()
     train = data.load_labelled(options.data) if options.data else data.default_messages()[0]
     task = load_task('', train.names, 64)
@@ -48,12 +49,12 @@ def main() -> None:
         tokens, held_tokens = task.encode(few.texts), task.encode(held.texts)
         for name in options.methods.split(','):
             for rate in GRID[name]:
-                settings = Settings(rate=rate)
+                settings = Settings(rate=rate, epochs=options.epochs)
                 steps = step_count(len(few), settings)
                 fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
                 fitted = fitter.fit(tokens, few.labels, seed, lambda: None)
                 right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
-                row = {'method': name, 'rate': rate, 'seed': seed}
+                row = {'method': name, 'rate': rate, 'seed': seed, 'epochs': options.epochs}
                 row |= {'accuracy': round(100 * float(right.mean()), 2), 'data': options.data or ''}
                 print(json.dumps(row), flush=True)
 

@@ -1,11 +1,11 @@
 """Parameter-efficient fine-tuning for any JAX function."""
 
-from peftjax._attach import Peft as Peft
 from peftjax._attach import attach as attach
-from peftjax._attach import sites as sites
 from peftjax._chain import Chain as Chain
 from peftjax._chain import chain as chain
+from peftjax._discover import sites as sites
 from peftjax._method import Method as Method
+from peftjax._peft import Peft as Peft
 from peftjax._sites import Site as Site
 from peftjax._sites import Sites as Sites
 from peftjax._version import __version__ as __version__

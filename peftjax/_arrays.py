@@ -16,6 +16,7 @@ import numpy as np
 
 from peftjax import _paths
 from peftjax._manifest import CheckpointError
+from peftjax._shapes import differences
 from peftjax._types import Phi
 
 Spec = tuple[tuple[int, ...], str]
@@ -146,18 +147,9 @@ def _restore(folder: Path, want: Mapping[str, Spec]) -> dict[str, np.ndarray]:
 
 
 def _compare(folder: Path, want: Mapping[str, Spec], have: Mapping[str, Spec]) -> None:
-    wrong = [f'{path!r} is missing' for path in want if path not in have]
-    wrong += [f'{path!r} is unexpected' for path in have if path not in want]
-    wrong += [
-        f'{path!r} has {have[path]}, not {want[path]}'
-        for path in want
-        if path in have and have[path] != want[path]
-    ]
-    if wrong:
-        more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
+    if wrong := differences(want, have):
         raise CheckpointError(
-            f'{str(folder)!r} must hold the {len(want)} arrays of phi: '
-            f'{"; ".join(wrong[:10])}{more}. Save it again'
+            f'{str(folder)!r} must hold the {len(want)} arrays of phi: {wrong}. Save it again'
         )
 
 

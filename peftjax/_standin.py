@@ -154,3 +154,8 @@ class StandIn:
         product = jnp.einsum(*terms, both)
         missing = tuple(d for d in range(rank) if d not in both)
         return jnp.broadcast_to(jnp.expand_dims(product, missing), self.shape)
+
+
+def bare(path: Path, w: Any, rule: Any) -> StandIn:
+    """A stand-in without factors."""
+    return StandIn(w, {}, tuple(frozenset({d}) for d in range(len(w.shape))), (), rule, path)

@@ -16,11 +16,11 @@ from typing import Any
 
 from peftjax import _arrays, _folder, _manifest, _names, _serialize
 from peftjax import methods as _methods
-from peftjax._attach import Peft
 from peftjax._chain import Chain
 from peftjax._fingerprint import Fingerprint
 from peftjax._manifest import CheckpointError as CheckpointError
 from peftjax._method import Method
+from peftjax._peft import Peft
 from peftjax._sites import Site
 from peftjax._types import Phi, PyTree
 from peftjax._version import __version__

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peftjax._attach import Peft, attach
+from peftjax._attach import attach
 from peftjax._chain import Chain
 from peftjax._method import Method
+from peftjax._peft import Peft
 from peftjax._types import ApplyFn, Array, Phi, PyTree
 from peftjax.methods.adapter import Adapter
 from peftjax.methods.lora import Lora

@@ -65,7 +65,20 @@ def test_the_plan_reads_well():
         'Lora    head/kernel  linear     5×6     a 5×2, b 2×6  22     efficient',
         'Lora    up/kernel    linear     4×5     a 4×2, b 2×5  18     efficient',
         'total: 62 trained, 51.2 % of 121',
+        'Lora passes over what its target finds: 1 unused (spare/kernel)',
     ]
+
+
+def test_what_a_target_finds_and_a_method_cannot_adapt_is_listed():
+    def two_layers(params, x):
+        return (x @ params['a']['kernel'] + params['a']['bias']) @ params['b']['kernel']
+
+    kernel, x = jnp.ones((2, 2)), jnp.ones((1, 2))
+    params = {'a': {'kernel': kernel, 'bias': jnp.zeros(2)}, 'b': {'kernel': kernel}}
+    method = pj.chain(x=pj.Lora(rank=1, target='a/|b/'), y=pj.Lora(rank=1, target='b/kernel'))
+    peft = pj.attach(method, two_layers, params, x)
+    assert peft.passed == ((('a/bias', 'bias'),), ())
+    assert str(peft).splitlines()[-1] == ('Lora passes over what its target finds: 1 bias (a/bias)')
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def _record(
         'trained_percent': 100 * trained / _size(fitter.task),
         'bytes_on_disk': int(np.mean(sizes)),
         'train_seconds': float(np.mean([fit.seconds for fit in fits])),
-        'compile_seconds': max(fit.compile_seconds for fit in fits),
+        'compile_seconds': sum(fit.compile_seconds for fit in fits),
         'steps': fits[0].steps,
         'peak_bytes': max(fit.peak_bytes for fit in fits),
         'accuracy': accuracies,

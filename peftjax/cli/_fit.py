@@ -10,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peftjax import Peft, TrainState, attach, data, start, train_step
-from peftjax.cli._memory import peak_bytes
+from peftjax import Peft, attach, data, start, train_step
 from peftjax.cli._probe import fit_probe
+from peftjax.cli._programs import Programs
 from peftjax.cli._recipes import HEAD_RATE, Recipe
 from peftjax.cli._task import Task, call, cross_entropy
-
-EVALUATE = 64
-"""Rows of a batch in evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Fitted:
       seconds: of training, without compilation.
       compile_seconds: of compilation.
       steps: updates made.
-      peak_bytes: arguments and temporaries of the compiled step.
+      peak_bytes: arguments and temporaries of the largest compiled step.
       losses: of every step.
     """
 
@@ -76,8 +73,7 @@ class Fitter:
         self.peft = attach(recipe.method(), task.apply, task.params, shape, **masks)
         self.forward = self.peft.wrap(task.apply)
         self._tx = optimizer(recipe, settings, steps)
-        self._step = train_step(self._loss, self._tx)
-        self._compiled: Any = None
+        self._step = Programs(train_step(self._loss, self._tx))
         self._predict = jax.jit(lambda p, phi, batch: call(task, self.forward, batch, None, p, phi))
 
     def _loss(self, params: Any, phi: Any, batch: dict, key: jax.Array) -> jax.Array:
@@ -107,10 +103,12 @@ class Fitter:
         state = start(self._tx, phi, jax.random.key(seed))
         order = data.epochs(len(labels), settings.batch, seed, settings.epochs)
         batches = [task.batch(tokens, labels, index, settings.batch) for index in order]
-        compile_seconds = self._compile(state, batches[0])
+        compiled = self._step.seconds
+        for batch in batches:
+            self._step.prepare(task.params, state, batch)
         losses, began = [], time.perf_counter()
         for batch in batches:
-            state, loss = self._compiled(task.params, state, batch)
+            state, loss = self._step(task.params, state, batch)
             losses.append(self._finite(float(loss), len(losses)))
             tick()
         seconds = time.perf_counter() - began
@@ -118,9 +116,9 @@ class Fitter:
             self.peft,
             state.phi,
             seconds,
-            compile_seconds,
+            self._step.seconds - compiled,
             len(losses),
-            peak_bytes(self._compiled),
+            self._step.peak_bytes,
             tuple(losses),
         )
 
@@ -137,16 +135,9 @@ class Fitter:
         """Learning rate of the method."""
         return self.recipe.rate if self.settings.rate is None else self.settings.rate
 
-    def _compile(self, state: TrainState, batch: dict) -> float:
-        if self._compiled is not None:
-            return 0.0
-        began = time.perf_counter()
-        self._compiled = self._step.lower(self.task.params, state, batch).compile()  # pyright: ignore
-        return time.perf_counter() - began
-
     def _probe(self, tokens: data.Tokens, labels: np.ndarray, phi: Any, tick: Any) -> Fitted:
         began = time.perf_counter()
-        head, peak = fit_probe(self.task, tokens, labels, EVALUATE)
+        head, peak = fit_probe(self.task, tokens, labels)
         values = {f'classifier/{name}': {'value': value} for name, value in head.items()}
         tick()
         seconds = time.perf_counter() - began
@@ -154,12 +145,7 @@ class Fitter:
 
     def logits(self, phi: Any, tokens: data.Tokens) -> np.ndarray:
         """Logits of all examples, `(n, labels)`."""
-        count, found = len(tokens.input_ids), []
-        none = np.zeros(count, np.int32)
-        for index in data.in_order(count, EVALUATE):
-            batch = self.task.batch(tokens, none, index, EVALUATE)
-            found.append(np.asarray(self._predict(self.task.params, phi, batch))[: len(index)])
-        return np.concatenate(found)
+        return self.task.each(lambda batch: self._predict(self.task.params, phi, batch), tokens)
 
     def accuracy(self, phi: Any, tokens: data.Tokens, labels: np.ndarray) -> float:
         """The part of the examples that gets the right label, in percent."""

@@ -8,9 +8,7 @@ import sys
 import jax
 import numpy as np
 
-from peftjax import data
 from peftjax.cli import _saved
-from peftjax.cli._fit import EVALUATE
 from peftjax.cli._task import Task, call, load_task
 from peftjax.cli._terminal import say
 
@@ -21,14 +19,11 @@ def run(options: argparse.Namespace) -> int:
     texts = _texts(options)
     task = _task(options.model or about['model'], about['labels'], about['max_tokens'])
     loaded.check(task.params, allow_other_base=options.any_base)
-    tokens, none = task.encode(texts), np.zeros(len(texts), np.int32)
     forward = loaded.peft.wrap(task.apply)
     predict = jax.jit(lambda p, phi, batch: call(task, forward, batch, None, p, phi))
-    for index in data.in_order(len(texts), EVALUATE):
-        batch = task.batch(tokens, none, index, EVALUATE)
-        logits = np.asarray(predict(task.params, loaded.phi, batch))[: len(index)]
-        for i, row in zip(index, logits, strict=True):
-            say(_line(texts[i], row, task.names))
+    logits = task.each(lambda batch: predict(task.params, loaded.phi, batch), task.encode(texts))
+    for text, row in zip(texts, logits, strict=True):
+        say(_line(text, row, task.names))
     return 0
 
 

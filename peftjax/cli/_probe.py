@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from peftjax import data
-from peftjax.cli._memory import peak_bytes
+from peftjax.cli._programs import Programs
 from peftjax.cli._task import Task
 
 Head = dict[str, jax.Array]
@@ -18,19 +18,19 @@ STRENGTH = 10.0
 """Inverse of the penalty on features of length one (`C` of the usual libraries)."""
 
 
-def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray, size: int) -> tuple[Head, int]:
+def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray) -> tuple[Head, int]:
     """Fits the classifier alone, by L-BFGS, to its one optimum.
 
     Args:
       task: the encoder.
       tokens: of the examples.
       labels: `(n,)` integers.
-      size: rows of a batch.
 
     Returns:
       `{'kernel': (features, labels), 'bias': (labels,)}`, and the bytes of the compiled encoder.
     """
-    features, peak = _features(task, tokens, size)
+    programs = Programs(jax.jit(task.features))
+    features = task.each(lambda batch: programs(task.params, batch), tokens)
     scale = float(np.sqrt(np.square(features).sum(-1).mean()))
     count = len(task.names)
     x = jnp.asarray(features / scale)
@@ -42,18 +42,7 @@ def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray, size: int) ->
         return STRENGTH * losses.sum() + 0.5 * jnp.square(head['kernel']).sum()
 
     head = _minimum(loss, zeros)
-    return {'kernel': head['kernel'] / scale, 'bias': head['bias']}, peak
-
-
-def _features(task: Task, tokens: data.Tokens, size: int) -> tuple[np.ndarray, int]:
-    """The mean hidden state of each example, and the bytes of the compiled encoder."""
-    count, found = len(tokens.input_ids), []
-    none = np.zeros(count, np.int32)
-    batches = [task.batch(tokens, none, index, size) for index in data.in_order(count, size)]
-    compiled = jax.jit(task.features).lower(task.params, batches[0]).compile()
-    for batch in batches:
-        found.append(np.asarray(compiled(task.params, batch))[batch['weights'] > 0])
-    return np.concatenate(found), peak_bytes(compiled)
+    return {'kernel': head['kernel'] / scale, 'bias': head['bias']}, programs.peak_bytes
 
 
 def _minimum(

@@ -11,6 +11,9 @@ import optax
 
 from peftjax import data, models
 
+EVALUATE = 64
+"""Rows of a batch where nothing is trained."""
+
 HEAD_KEY = 0
 """Draws the classifier that phi replaces, the same in every run: theta stays recognizable."""
 
@@ -44,14 +47,23 @@ class Task:
         return data.encode(self.tokenizer, texts, self.max_tokens, pad_id=self.pad_id)
 
     def batch(self, tokens: data.Tokens, labels: np.ndarray, index: np.ndarray, size: int) -> dict:
-        """The arrays of one step; all of one length, so that one program serves all."""
-        taken = data.take(tokens, index, size, lengths=(tokens.input_ids.shape[1],))
+        """The arrays of one step, of one of a few lengths: few programs serve all batches."""
+        taken = data.take(tokens, index, size)
         return {
             'ids': taken.input_ids,
             'mask': taken.attention_mask,
             'weights': taken.weights,
             'labels': labels[taken.index],
         }
+
+    def each(self, program: Callable[[dict], Any], tokens: data.Tokens) -> np.ndarray:
+        """What a program gives for each example, `(n, …)`; texts of like length share a batch."""
+        order = np.argsort(tokens.attention_mask.sum(1), kind='stable')
+        none, found = np.zeros(len(order), np.int32), []
+        for index in data.in_order(len(order), EVALUATE):
+            batch = self.batch(tokens, none, order[index], EVALUATE)
+            found.append(np.asarray(program(batch))[: len(index)])
+        return np.concatenate(found)[np.argsort(order)]
 
 
 def load_task(model: str, names: tuple[str, ...], max_tokens: int) -> Task:

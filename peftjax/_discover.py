@@ -1,0 +1,103 @@
+"""Where a function uses its parameters: found by tracing it with abstract values."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from peftjax import _paths, _virtual
+from peftjax._call import Call, is_array, split
+from peftjax._interpret import Run, evaluate
+from peftjax._record import Recorder, distinct
+from peftjax._sites import Sites
+from peftjax._standin import bare
+from peftjax._types import ApplyFn, Array, PyTree
+
+
+def sites(apply_fn: ApplyFn, params: PyTree, *args: Any, **kwargs: Any) -> Sites:
+    """Finds where and how an apply function uses its parameters.
+
+    The function is traced with abstract values: nothing is computed.
+
+    Args:
+      apply_fn: `apply_fn(params, *args, **kwargs)`, any pure function.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      *args: as for a call; arrays may be `jax.ShapeDtypeStruct`s, all else is static.
+      **kwargs: likewise.
+
+    Returns:
+      The site table: iterable, and readable when printed.
+
+    Raises:
+      TypeError: a leaf of `params` is not an array.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax as pj
+      >>> params = {'up': {'kernel': jnp.ones((3, 4)), 'bias': jnp.zeros(4)}}
+      >>> def mlp(params, x):
+      ...     return x @ params['up']['kernel'] + params['up']['bias']
+      >>> print(pj.sites(mlp, params, jnp.ones((2, 3))))
+      path       kind    shape  axes          bias     path taken
+      up/bias    bias    4                             efficient
+      up/kernel  linear  3×4    in[0] out[1]  up/bias  efficient
+    """
+
+    def record(params: PyTree, arrays: Sequence[Array]) -> None:
+        call = Call(apply_fn, params, *fill(arrays))
+        views = [bare(path, w, recorder) for path, w in call.leaves.items()]
+        evaluate(call.flat, views, call.inputs, Run({}, {}, recorder))
+
+    leaves = _paths.leaves(_checked(params))
+    recorder = Recorder(
+        {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    )
+    arrays, fill = split((args, kwargs))
+    jax.eval_shape(record, params, arrays)
+    found = distinct(recorder)
+    used = {site.path for site in found}
+    return Sites(found, tuple(path for path in leaves if path not in used))
+
+
+def grown(
+    base: Sites, room: _virtual.Virtual, apply_fn: ApplyFn, params: PyTree, args: Any, kwargs: Any
+) -> Sites:
+    """The sites with virtual tokens in place, knowing along which dimension tokens lie."""
+    arrays, fill = split((args, kwargs))
+    refill: list[Callable[[Sequence[Any]], Any]] = []
+
+    def stretch(arrays: Sequence[Any]) -> Sequence[Any]:
+        longer, again = split(room.extend(*fill(arrays)))
+        refill.append(again)
+        return longer
+
+    longer = jax.eval_shape(stretch, arrays)
+    args, kwargs = refill[-1](longer)
+    try:
+        wide = sites(apply_fn, params, *args, **kwargs)
+    except Exception as error:
+        shapes = {
+            path: leaf.shape
+            for path, leaf in _paths.leaves([args, kwargs]).items()
+            if is_array(leaf)
+        }
+        raise ValueError(
+            f'with {room.length} virtual tokens the function cannot be traced. Perhaps an argument '
+            f'sized by the tokens was not lengthened with them (fill=…), or a size is fixed inside '
+            f'the function. Shapes now: {shapes}'
+        ) from error
+    found = []
+    for before, after in zip(base, wide, strict=True):
+        axes = _virtual.grown(before.output, after.output, room.length)
+        found.append(dataclasses.replace(after, tokens=axes[0] if len(axes) == 1 else None))
+    return Sites(tuple(found), wide.unused)
+
+
+def _checked(params: PyTree) -> PyTree:
+    for path, leaf in _paths.leaves(params).items():
+        if not is_array(leaf):
+            raise TypeError(
+                f'params must hold arrays only; {path!r} is {leaf!r}. Keep it out of params '
+                '(equinox: eqx.partition(model, eqx.is_array))'
+            )
+    return params

@@ -1,0 +1,278 @@
+"""`Peft`: a method with its sites, and the pure functions that come of them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from peftjax import _paths, _virtual
+from peftjax._call import Call, result_shapes
+from peftjax._chain import Chain, part_keys
+from peftjax._interpret import Run, evaluate
+from peftjax._method import Method, float32
+from peftjax._pending import Companion
+from peftjax._shapes import Shape, differences, shapes_of
+from peftjax._sites import Site, table
+from peftjax._standin import StandIn, bare
+from peftjax._types import ApplyFn, Array, Forward, Path, Phi, PyTree
+
+Served = dict[Path, dict[str, None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peft:
+    """A method attached to the sites of one model: static, hashable, printable.
+
+    Attributes:
+      method: the method, or chain of methods.
+      sites: for each part of the method, the sites that it adapts.
+      leaves: path, shape and dtype of each leaf of the model's parameters.
+      phi: path, shape and dtype of each array of phi.
+      served: for each adapted path, how its uses are served: `efficient`, or why dense.
+      passed: for each part, the paths that its target finds and it does not adapt, and their kind.
+    """
+
+    method: Method | Chain
+    sites: tuple[tuple[Site, ...], ...]
+    leaves: tuple[Shape, ...]
+    phi: tuple[Shape, ...] = ()
+    served: tuple[tuple[Path, tuple[str, ...]], ...] = ()
+    passed: tuple[tuple[tuple[Path, str], ...], ...] = ()
+
+    def init(self, key: Array, params: PyTree) -> Phi:
+        """Makes a fresh phi.
+
+        Args:
+          key: typed PRNG key, `jax.random.key(seed)`; each path draws from a key of its own.
+          params: the model's parameters.
+
+        Returns:
+          `{path: {name: array}}`, under a chain `{method: {path: {name: array}}}`.
+
+        Raises:
+          ValueError: `params` is not the tree that the method was attached to.
+        """
+        self._check_params(params)
+        return self.fresh(key, params)
+
+    def wrap(self, fn: ApplyFn) -> Forward:
+        """Turns `fn(params, *args, **kwargs)` into `forward(params, phi, *args, **kwargs)`.
+
+        Args:
+          fn: the apply function, or any other that uses the same parameters: a loss, a decode step.
+
+        Returns:
+          A pure function, not yet jitted. Its keyword `dropout_key` switches dropout on.
+
+        Raises (when traced):
+          ValueError: `params` or `phi` is not of this model and method.
+        """
+
+        def forward(
+            params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+        ) -> PyTree:
+            """The wrapped function with the method in place."""
+            return self.call(fn, {}, params, phi, dropout_key, args, kwargs)
+
+        return forward
+
+    def merge(self, params: PyTree, phi: Phi) -> PyTree:
+        """Folds phi into the parameters, for the untouched apply function.
+
+        Computed in float32 (or wider) and cast to the dtype of each leaf.
+
+        Args:
+          params: the model's parameters.
+          phi: as from `init`.
+
+        Returns:
+          Parameters of the same structure, shapes and dtypes.
+
+        Raises:
+          ValueError: a method has no place in the parameters.
+        """
+        self._check_params(params)
+        self._check_phi(phi)
+        leaves = _paths.leaves(params)
+        merged: dict[Path, Array] = {}
+        for part, chosen, mine in self._parts(phi):
+            for site in chosen:
+                wide = {
+                    path: merged.get(path, leaves[path])
+                    for path in (site.path, *site.bias)
+                    if path in leaves
+                }
+                wide = {path: float32(leaf) for path, leaf in wide.items()}
+                merged.update(part.merge(site, wide, mine.get(site.path, {})))
+        cast = {path: leaf.astype(leaves[path].dtype) for path, leaf in merged.items()}
+        return _paths.replace(params, cast)
+
+    def fold(self, phi: Phi) -> 'tuple[Peft, Phi]':
+        """Turns a phi that is kept in another form into the plain one.
+
+        A prefix trained through a reparametrizing network becomes a direct prefix; what is plain
+        already stays as it is.
+
+        Args:
+          phi: as from `init`.
+
+        Returns:
+          The plan and the phi without the other form; `wrap` gives the same forward for both.
+        """
+        self._check_phi(phi)
+        plain = _nested(
+            (keys, part.expand(chosen, _at(phi, keys)))
+            for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
+        )
+        method = self.method.folded()
+        return dataclasses.replace(self, method=method, phi=shapes_of(plain)), plain
+
+    def count(self) -> int:
+        """The number of trained parameters."""
+        return sum(math.prod(shape) for _, shape, _ in self.phi)
+
+    def _parts(self, phi: Phi) -> list[tuple[Method, tuple[Site, ...], Any]]:
+        """Each method with its sites and its phi, one entry for each site."""
+        return [
+            (part, chosen, part.expand(chosen, _at(phi, keys)))
+            for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
+        ]
+
+    def fresh(self, key: Array, params: PyTree) -> Phi:
+        """`init` without a check."""
+        leaves = _paths.leaves(params)
+        return _nested(
+            (keys, part.init(mine, chosen, leaves))
+            for (keys, part), chosen, mine in zip(
+                self.method.parts, self.sites, self._keys(key), strict=True
+            )
+        )
+
+    def _keys(self, key: Array) -> Iterator[Array]:
+        return part_keys(key, [part for _, part in self.method.parts], self.sites)
+
+    def call(
+        self,
+        fn: ApplyFn,
+        served: Served,
+        params: PyTree,
+        phi: Phi,
+        key: Array | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> PyTree:
+        self._check_params(params)
+        self._check_phi(phi)
+        rooms = [part.virtual for _, part in self.method.parts if part.virtual is not None]
+        shapes = []
+        for room in rooms:
+            shapes.append(result_shapes(fn, params, args, kwargs))
+            args, kwargs = room.extend(args, kwargs)
+        call = Call(fn, params, args, kwargs)
+        leaves, named = self._bound(call.leaves, phi, key)
+        outs = evaluate(call.flat, leaves, call.inputs, Run(named, served))
+        self._check_reached(served)
+        result = jax.tree.unflatten(call.out, outs)
+        for room, shape in zip(rooms[::-1], shapes[::-1], strict=True):
+            result = _virtual.shorten(room, shape, result)
+        return result
+
+    def _bound(
+        self, leaves: Mapping[Path, Array], phi: Phi, key: Array | None
+    ) -> tuple[list[Any], dict[Path, StandIn]]:
+        """What stands where each leaf stood, and at named values."""
+        bound: dict[Path, Any] = dict(leaves)
+        named: dict[Path, Any] = {}
+        parts = self._parts(phi)
+        own = self._keys(key) if key is not None else [None] * len(parts)
+        for (part, chosen, mine), key in zip(parts, own, strict=True):
+            for site in chosen:
+                home = named if site.kind == 'named' else bound
+                home[site.path] = part.bind(site, home.get(site.path), mine[site.path], key)
+        for part, chosen, _ in parts:
+            for path in {p for site in chosen if part.seam == 'output' for p in site.bias}:
+                if not isinstance(bound[path], StandIn):
+                    bound[path] = bare(path, bound[path], Companion())
+        return list(bound.values()), named
+
+    def _check_reached(self, served: Served) -> None:
+        """Refuses a function in which a layer to adapt is there, but not as a layer."""
+        for (_, part), chosen in zip(self.method.parts, self.sites, strict=True):
+            for path in (site.path for site in chosen if part.seam == 'output'):
+                if 'efficient' not in served.get(path, ('efficient',)):
+                    raise ValueError(
+                        f'{type(part).__name__} acts on the output of a layer, but {path!r} is '
+                        f'used in a way that has no output of its own ({", ".join(served[path])}). '
+                        'Leave the path out of the target'
+                    )
+
+    def _check_params(self, params: PyTree) -> None:
+        _compare('params', self.leaves, shapes_of(params))
+
+    def _check_phi(self, phi: Phi) -> None:
+        _compare('phi', self.phi, shapes_of(phi))
+
+    def __str__(self) -> str:
+        rows, served = [], dict(self.served)
+        for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True):
+            for site in chosen:
+                prefix = '/'.join((*keys, site.path)) + '/'
+                mine = [s for s in self.phi if s[0].startswith(prefix)]
+                shapes = ', '.join(f'{p[len(prefix) :]} {_text(shape)}' for p, shape, _ in mine)
+                count = sum(math.prod(shape) for _, shape, _ in mine)
+                taken = ', '.join(served.get(site.path, ('efficient',)))
+                name = type(part).__name__
+                rows.append(
+                    (name, site.path, site.kind, _text(site.shape), shapes, f'{count:,}', taken)
+                )
+        head = ('method', 'path', 'kind', 'weight', 'phi', 'count', 'path taken')
+        total = sum(math.prod(shape) for _, shape, _ in self.leaves)
+        percent = 100 * self.count() / total
+        text = f'{table(head, rows)}\ntotal: {self.count():,} trained, {percent:.3g} % of {total:,}'
+        return '\n'.join([text, *self._passed_over()])
+
+    def _passed_over(self) -> Iterator[str]:
+        """A line for each part whose target finds more than it adapts."""
+        for (_, part), passed in zip(self.method.parts, self.passed, strict=False):
+            kinds: dict[str, list[Path]] = {}
+            for path, kind in passed:
+                kinds.setdefault(kind, []).append(path)
+            if kinds:
+                found = ', '.join(f'{len(p)} {kind} ({p[0]}{" …" * (len(p) > 1)})'
+                                  for kind, p in kinds.items())  # fmt: skip
+                yield f'{type(part).__name__} passes over what its target finds: {found}'
+
+
+def _at(phi: Phi, keys: Sequence[str]) -> Any:
+    """The phi of one part of a chain."""
+    return functools.reduce(lambda tree, key: tree[key], keys, phi)
+
+
+def _nested(parts: Iterable[tuple[Sequence[str], Phi]]) -> Phi:
+    """The phi of a chain from the phi of its parts."""
+    whole: dict[str, Any] = {}
+    for keys, mine in parts:
+        if not keys:
+            return mine
+        inner = whole
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = mine
+    return whole
+
+
+def _compare(what: str, expected: Sequence[Shape], found: Sequence[Shape]) -> None:
+    """Refuses a tree of other paths or shapes."""
+    want, have = ({path: shape for path, shape, _ in side} for side in (expected, found))
+    if wrong := differences(want, have):
+        raise ValueError(
+            f'{what} must be of the model that the method was attached to ({len(want)} arrays): '
+            f'{wrong}'
+        )
+
+
+def _text(shape: Sequence[int]) -> str:
+    return '×'.join(map(str, shape))

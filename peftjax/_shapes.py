@@ -1,0 +1,29 @@
+"""Shapes of trees by path, and what is wrong where two of them differ."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftjax import _paths
+from peftjax._types import Path, PyTree
+
+Shape = tuple[Path, tuple[int, ...], str]
+"""Path, shape and dtype of an array."""
+
+
+def shapes_of(tree: PyTree) -> tuple[Shape, ...]:
+    """Path, shape and dtype of each leaf."""
+    leaves = _paths.leaves(tree).items()
+    return tuple((path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves)
+
+
+def differences(want: Mapping[Path, Any], have: Mapping[Path, Any]) -> str:
+    """What is missing, unknown, or another shape, the first ten; empty where nothing is."""
+    wrong = [f'{path!r} is missing' for path in want if path not in have]
+    wrong += [f'{path!r} is unknown' for path in have if path not in want]
+    wrong += [
+        f'{path!r} has shape {have[path]}, not {want[path]}'
+        for path in want
+        if path in have and have[path] != want[path]
+    ]
+    more = f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''
+    return '; '.join(wrong[:10]) + more
