@@ -18,15 +18,15 @@ from peftjax.cli._task import load_task
 
 GRID = {
     'prompt': (3e-3, 1e-2, 3e-2, 1e-1),
-    'prefix': (3e-3, 1e-2, 3e-2),
+    'prefix': (1e-2, 3e-2, 1e-1, 3e-1),
     'bitfit': (1e-3, 3e-3, 1e-2),
-    'norms': (1e-3, 3e-3, 1e-2),
-    'ia3': (3e-3, 1e-2, 3e-2),
+    'norms': (1e-3, 3e-3, 1e-2, 3e-2),
+    'ia3': (3e-3, 1e-2, 3e-2, 1e-1),
     'lora': (1e-3, 2e-3, 4e-3),
     'dora': (1e-3, 2e-3, 4e-3),
     'adapter': (1e-3, 2e-3, 4e-3),
     'pfeiffer': (1e-3, 2e-3, 4e-3),
-    'parallel': (3e-4, 1e-3, 3e-3),
+    'parallel': (1e-4, 3e-4, 1e-3, 3e-3),
     'full': (5e-5, 1e-4, 2e-4, 4e-4),
 }
 
@@ -35,11 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--data', help='jsonl of labeled training text; default: the shipped set')
     parser.add_argument('--methods', default=','.join(GRID))
+    parser.add_argument('--rates', help='instead of the grid')
     parser.add_argument('--seeds', default='100')
     parser.add_argument('--shots', type=int, default=10)
     parser.add_argument('--epochs', type=int, default=Settings.epochs)
     options = parser.parse_args()
     train = data.load_labelled(options.data) if options.data else data.default_messages()[0]
+    rates = tuple(map(float, options.rates.split(','))) if options.rates else ()
     task = load_task('', train.names, 64)
     for seed in map(int, options.seeds.split(',')):
         picked = data.shot_indices(train, options.shots, seed)
@@ -48,7 +50,7 @@ def main() -> None:
         few, held = train.take(picked), train.take(held)
         tokens, held_tokens = task.encode(few.texts), task.encode(held.texts)
         for name in options.methods.split(','):
-            for rate in GRID[name]:
+            for rate in rates or GRID[name]:
                 settings = Settings(rate=rate, epochs=options.epochs)
                 steps = step_count(len(few), settings)
                 fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)

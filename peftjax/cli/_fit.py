@@ -31,7 +31,7 @@ class Settings:
       clip: the most that the norm of all gradients may be.
     """
 
-    epochs: int = 20
+    epochs: int = 12
     batch: int = 16
     rate: float | None = None
     head_rate: float = HEAD_RATE
