@@ -267,7 +267,7 @@ def _nested(parts: Iterable[tuple[Sequence[str], Phi]]) -> Phi:
 def _compare(what: str, expected: Sequence[Shape], found: Sequence[Shape]) -> None:
     """Refuses a tree of other paths or shapes."""
     want, have = ({path: shape for path, shape, _ in side} for side in (expected, found))
-    if wrong := differences(want, have):
+    if wrong := differences(want, have, 'shape '):
         raise ValueError(
             f'{what} must be of the model that the method was attached to ({len(want)} arrays): '
             f'{wrong}'

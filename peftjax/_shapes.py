@@ -16,12 +16,12 @@ def shapes_of(tree: PyTree) -> tuple[Shape, ...]:
     return tuple((path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves)
 
 
-def differences(want: Mapping[Path, Any], have: Mapping[Path, Any]) -> str:
-    """What is missing, unknown, or another shape, the first ten; empty where nothing is."""
+def differences(want: Mapping[Path, Any], have: Mapping[Path, Any], what: str = '') -> str:
+    """What is missing, unknown or different, the first ten; empty where nothing is."""
     wrong = [f'{path!r} is missing' for path in want if path not in have]
     wrong += [f'{path!r} is unknown' for path in have if path not in want]
     wrong += [
-        f'{path!r} has shape {have[path]}, not {want[path]}'
+        f'{path!r} has {what}{have[path]}, not {want[path]}'
         for path in want
         if path in have and have[path] != want[path]
     ]

@@ -329,7 +329,7 @@ def test_arrays_that_the_table_does_not_know_are_refused(folder):
     table = json.loads((folder / 'adapter.json').read_text())['arrays']
     pair = table['layer_00/kernel']
     cases = {
-        'is unexpected': {'a': pair['a']},
+        'is unknown': {'a': pair['a']},
         "kernel/c' is missing": {**pair, 'c': pair['a']},
         r"a' has \(\(4, 2\), 'float32'\), not \(\(4, 3\)": {**pair, 'a': [[4, 3], 'float32']},
         r"'float32'\), not .*'bfloat16'": {**pair, 'a': [[4, 2], 'bfloat16']},

@@ -92,7 +92,8 @@ def _leave(out: pathlib.Path, options: argparse.Namespace, records: list[dict[st
     """Writes table, JSON file and picture."""
     text = _report.table(records)
     say('\n' + text)
-    content = {'options': vars(options), 'versions': _report.versions(), 'methods': records}
+    what = {k: v for k, v in vars(options).items() if k not in ('out', 'overwrite')}
+    content = {'options': what, 'versions': _report.versions(), 'methods': records}
     _report.write_json(out / 'results.json', content)
     (out / 'table.txt').write_text(text + '\n', encoding='utf-8')
     title = f'{options.shots} examples a label, seeds {", ".join(map(str, options.seeds))}'

@@ -39,9 +39,11 @@ def test_a_pipe_gets_plain_lines():
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
 from peftjax import cli
 from peftjax.cli import _inspect
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 
 def wait(options):
     print('ready', flush=True)
@@ -71,9 +73,10 @@ def test_a_reader_that_goes_away_is_no_error(here):
 
 def test_interrupting_a_process_ends_it_with_130():
     command = [sys.executable, '-c', WAITING]
-    ran = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert ran.stdout is not None
-    assert ran.stdout.readline() == 'ready\n'
-    ran.send_signal(signal.SIGINT)
-    _, error = ran.communicate(timeout=60)
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(command, **pipes) as ran:
+        assert ran.stdout is not None
+        assert ran.stdout.readline() == 'ready\n'
+        ran.send_signal(signal.SIGINT)
+        _, error = ran.communicate(timeout=60)
     assert (ran.returncode, error) == (130, 'peftjax inspect: interrupted\n')
