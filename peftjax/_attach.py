@@ -63,7 +63,7 @@ def attach(
     _check_order(parts, chosen)
     passed = tuple(_passed(part, base, mine) for part, mine in zip(parts, chosen, strict=True))
     peft = Peft(method, tuple(chosen), shapes_of(params), passed=passed)
-    phi = jax.eval_shape(lambda p: peft.fresh(jax.random.key(0), p), params)
+    phi = jax.eval_shape(lambda p: peft._fresh(jax.random.key(0), p), params)
     peft = dataclasses.replace(peft, phi=shapes_of(phi))
     return dataclasses.replace(peft, served=_dry_run(peft, apply_fn, params, phi, args, kwargs))
 
@@ -89,7 +89,7 @@ def _dry_run(
 
     def run(params: PyTree, phi: Phi, arrays: Sequence[Array]) -> PyTree:
         full = fill(arrays)
-        return peft.call(fn, served, params, phi, None, *full)
+        return peft._call(fn, served, params, phi, None, *full)
 
     jax.eval_shape(run, params, phi, arrays)
     for (_, part), chosen in zip(peft.method.parts, peft.sites, strict=True):

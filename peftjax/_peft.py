@@ -56,7 +56,7 @@ class Peft:
           ValueError: `params` is not the tree that the method was attached to.
         """
         self._check_params(params)
-        return self.fresh(key, params)
+        return self._fresh(key, params)
 
     def wrap(self, fn: ApplyFn) -> Forward:
         """Turns `fn(params, *args, **kwargs)` into `forward(params, phi, *args, **kwargs)`.
@@ -75,7 +75,7 @@ class Peft:
             params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
         ) -> PyTree:
             """The wrapped function with the method in place."""
-            return self.call(fn, {}, params, phi, dropout_key, args, kwargs)
+            return self._call(fn, {}, params, phi, dropout_key, args, kwargs)
 
         return forward
 
@@ -141,7 +141,7 @@ class Peft:
             for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
         ]
 
-    def fresh(self, key: Array, params: PyTree) -> Phi:
+    def _fresh(self, key: Array, params: PyTree) -> Phi:
         """`init` without a check."""
         leaves = _paths.leaves(params)
         return _nested(
@@ -154,7 +154,7 @@ class Peft:
     def _keys(self, key: Array) -> Iterator[Array]:
         return part_keys(key, [part for _, part in self.method.parts], self.sites)
 
-    def call(
+    def _call(
         self,
         fn: ApplyFn,
         served: Served,

@@ -14,7 +14,7 @@ from zoo import ids
 
 import peftjax as pj
 
-TOKENS = ids(0, transformer.VOCABULARY, 4, 12)
+TOKENS = ids(0, transformer.VOCABULARY, 4, 12)  # 48 rows: as many as no weight is wide
 TARGETS = {'q and v': 'qv', 'all linears': transformer.LINEARS}
 SCALE = 1.5
 
