@@ -6,6 +6,7 @@ This wing knows nothing of fine-tuning: a model here is an ordinary linen module
 
 from peftjax.models._attention import attention as attention
 from peftjax.models._attention import plain_attention as plain_attention
+from peftjax.models._config import SAVED as SAVED
 from peftjax.models._config import Compute as Compute
 from peftjax.models._config import EncoderConfig as EncoderConfig
 from peftjax.models._config import read_config as read_config

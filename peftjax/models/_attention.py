@@ -6,8 +6,6 @@ batched product `lhs @ rhs` or `lhs @ rhs^T` in its fast library, but not `lhs^T
 what differentiating the formula asks for.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +20,8 @@ def plain_attention(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    kept: jax.Array | None = None,
+    rate: float = 0.0,
 ) -> jax.Array:
     """Bidirectional scaled dot-product attention, as the formula reads.
 
@@ -31,7 +30,8 @@ def plain_attention(
       key: `(batch, keys, heads, head_dim)`.
       value: as `key`.
       mask: bool `(batch, keys)`, True at the keys to attend to. None attends to all.
-      drop: applied to the attention weights `(batch, heads, tokens, keys)`.
+      kept: bool `(batch, heads, tokens, keys)`, True at the attention weights that dropout keeps.
+      rate: of that dropout; what is kept is divided by `1 - rate`.
 
     Returns:
       `(batch, tokens, heads, head_dim)` of the dtype of `value`. Softmax is float32.
@@ -48,13 +48,16 @@ def plain_attention(
     if mask is not None:
         scores = scores + _bias(mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    if drop is not None:
-        weights = drop(weights)
-    return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+    return jnp.einsum('bhqk,bkhd->bqhd', _only(kept, weights), _grown(value, rate))
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    kept: jax.Array | None = None,
+    rate: float = 0.0,
 ) -> jax.Array:
     """`plain_attention` with a hand-written backward pass; reverse mode only, of any order.
 
@@ -66,6 +69,8 @@ def attention(
       key: `(batch, keys, heads, head_dim)`.
       value: as `key`.
       mask: bool `(batch, keys)`, True at the keys to attend to. None attends to all.
+      kept: as in `plain_attention`.
+      rate: as in `plain_attention`.
 
     Returns:
       `(batch, tokens, heads, head_dim)` of the dtype of `value`.
@@ -78,11 +83,22 @@ def attention(
     bias = None if mask is None else _bias(mask)
     query, key, value = (_swap(x) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5
-    return _swap(_core(query * jnp.asarray(scale, query.dtype), key, value, bias))
+    query = query * jnp.asarray(scale, query.dtype)
+    return _swap(_core(query, key, _grown(value, rate), bias, kept))
 
 
 def _bias(mask: Array) -> Array:
     return jnp.where(mask, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]
+
+
+def _only(kept: Array | None, weights: Array) -> Array:
+    """Weights after dropout, but for the factor that `_grown` has."""
+    return weights if kept is None else jnp.where(kept, weights, jnp.zeros((), weights.dtype))
+
+
+def _grown(value: Array, rate: float) -> Array:
+    """Values divided by `1 - rate`: one for each key, where the weights are one for each pair."""
+    return value / jnp.asarray(1 - rate, value.dtype) if rate else value
 
 
 def _swap(x: Array) -> Array:
@@ -110,11 +126,11 @@ def _product(lhs: Array, rhs: Array, axis: int) -> Array:
 
 
 @jax.custom_vjp
-def _core(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-    return _core_fwd(query, key, value, bias)[0]
+def _core(query: Array, key: Array, value: Array, bias: Array | None, kept: Array | None) -> Array:
+    return _core_fwd(query, key, value, bias, kept)[0]
 
 
-def _core_fwd(query, key, value, bias):
+def _core_fwd(query, key, value, bias, kept):
     scores = _matmul_t(query, key)
     if bias is not None:
         scores = scores + bias
@@ -122,22 +138,22 @@ def _core_fwd(query, key, value, bias):
     powers = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     inverse = 1 / powers.sum(axis=-1, keepdims=True)
     powers = powers.astype(value.dtype)
-    out = (_matmul(powers, value) * inverse).astype(value.dtype)
-    return out, (query, key, value, powers, inverse, out)
+    out = (_matmul(_only(kept, powers), value) * inverse).astype(value.dtype)
+    return out, (query, key, value, kept, powers, inverse, out)
 
 
-def _core_bwd(kept, d_out):
-    query, key, value, powers, inverse, out = kept
+def _core_bwd(saved, d_out):
+    query, key, value, kept, powers, inverse, out = saved
     dtype = value.dtype
     d_sum = d_out.astype(jnp.float32) * inverse
     along = (d_sum * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     d_sum = d_sum.astype(dtype)
-    d_value = _turn(_matmul(_turn(d_sum), powers))
-    d_scores = powers.astype(jnp.float32) * (_matmul_t(d_sum, value) - along)
+    d_value = _turn(_matmul(_turn(d_sum), _only(kept, powers)))
+    d_scores = powers.astype(jnp.float32) * (_only(kept, _matmul_t(d_sum, value)) - along)
     d_scores = d_scores.astype(dtype)
     d_query = _matmul(d_scores, key)
     d_key = _turn(_matmul(_turn(query), d_scores))
-    return (*(d.astype(dtype) for d in (d_query, d_key, d_value)), None)
+    return (*(d.astype(dtype) for d in (d_query, d_key, d_value)), None, None)
 
 
 _core.defvjp(_core_fwd, _core_bwd)

@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from peftjax.models._activations import ACTIVATIONS
 from peftjax.models._attention import attention, plain_attention
 from peftjax.models._config import Compute, EncoderConfig
+from peftjax.models._dropout import Dropout, keep
 from peftjax.models._layers import LayerNorm, linear
 
 
@@ -24,15 +25,13 @@ class _SelfAttention(nn.Module):
             return checkpoint_name(y.reshape(*x.shape[:-1], *heads), name)
 
         query, key, value = project('query'), project('key'), project('value')
-        rate = config.attention_probs_dropout_prob
-        if rate and not deterministic:
-            drop = nn.Dropout(rate, deterministic=False)
-            mixed = plain_attention(query, key, value, mask, drop)
-        elif self.compute.attention == 'plain':
-            mixed = plain_attention(query, key, value, mask)
-        else:
-            mixed = attention(query, key, value, mask)
-        return mixed.reshape(x.shape)
+        attend = plain_attention if self.compute.attention == 'plain' else attention
+        rate = 0.0 if deterministic else config.attention_probs_dropout_prob
+        kept = None
+        if rate:
+            pairs = (x.shape[0], config.num_attention_heads, x.shape[1], x.shape[1])
+            kept = keep(self.make_rng('dropout'), rate, pairs)
+        return attend(query, key, value, mask, kept, rate).reshape(x.shape)
 
 
 class _Output(nn.Module):
@@ -47,7 +46,7 @@ class _Output(nn.Module):
     def __call__(self, x, residual, deterministic):
         config = self.config
         y = linear(config.hidden_size, config, self.compute, 'dense')(x)
-        y = nn.Dropout(config.hidden_dropout_prob)(y, deterministic=deterministic)
+        y = Dropout(config.hidden_dropout_prob)(y, deterministic)
         y = checkpoint_name(y, self.output_name)
         y = LayerNorm(config.layer_norm_eps, self.compute, name='LayerNorm')(y + residual)
         return checkpoint_name(y, self.residual_name)
@@ -73,7 +72,7 @@ class _Intermediate(nn.Module):
     def __call__(self, x):
         config = self.config
         y = linear(config.intermediate_size, config, self.compute, 'dense')(x)
-        return ACTIVATIONS[config.hidden_act](y)
+        return ACTIVATIONS[config.hidden_act](checkpoint_name(y, 'up'))
 
 
 class Block(nn.Module):

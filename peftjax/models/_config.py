@@ -12,6 +12,10 @@ from peftjax.models._activations import ACTIVATIONS
 ModelType = Literal['bert', 'roberta']
 AttentionForm = Literal['fused', 'plain']
 
+SAVED = ('query', 'key', 'value', 'up', 'attention_output', 'mlp_output')
+"""What a gradient keeps of each block unless told otherwise: results of large products. What lies
+between them is cheaper to compute again than to write to memory and read back."""
+
 _PAD_TOKEN_ID = {'bert': 0, 'roberta': 1}
 
 # Settings that change the computation in ways this encoder does not have, and what each must be.
@@ -153,8 +157,8 @@ class Compute:
       dtype: dtype of activations and products. Softmax, norms and GELU are float32 inside.
       param_dtype: dtype of freshly initialized parameters.
       attention: `'fused'`, or `'plain'` for code that needs forward-mode derivatives (`jax.jvp`).
-      save: None keeps whatever the gradient needs; a tuple of names (`'query'`, `'mlp_output'`, …)
-        keeps only those values of each block and computes the rest again.
+      save: names of values; a gradient keeps only those of each block and computes the rest again.
+        None keeps whatever the gradient needs.
 
     Raises:
       ValueError: `attention` is neither.
@@ -168,7 +172,7 @@ class Compute:
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
     attention: AttentionForm = 'fused'
-    save: tuple[str, ...] | None = None
+    save: tuple[str, ...] | None = SAVED
 
     def __post_init__(self):
         if self.attention not in get_args(AttentionForm):

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.models._block import Stack
 from peftjax.models._config import Compute, EncoderConfig
+from peftjax.models._dropout import Dropout
 from peftjax.models._layers import Embedding, LayerNorm, linear
 
 
@@ -56,7 +57,7 @@ class Embeddings(nn.Module):
         x = x + look_up('token_type_embeddings', config.type_vocab_size, token_type_ids)
         x = x + look_up('position_embeddings', config.max_position_embeddings, position_ids)
         x = LayerNorm(config.layer_norm_eps, compute, name='LayerNorm')(x)
-        x = nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
+        x = Dropout(config.hidden_dropout_prob)(x, deterministic)
         return checkpoint_name(x, 'embeddings')
 
 
@@ -219,9 +220,11 @@ class _RobertaHead(nn.Module):
     @nn.compact
     def __call__(self, hidden, deterministic):
         config = self.config
-        drop = nn.Dropout(config.head_dropout, deterministic=deterministic)
-        x = linear(config.hidden_size, config, self.compute, 'dense')(drop(hidden[:, 0]))
-        return linear(config.num_labels, config, self.compute, 'out_proj')(drop(jnp.tanh(x)))
+        drop = Dropout(config.head_dropout)
+        first = drop(hidden[:, 0], deterministic)
+        x = linear(config.hidden_size, config, self.compute, 'dense')(first)
+        x = drop(jnp.tanh(x), deterministic)
+        return linear(config.num_labels, config, self.compute, 'out_proj')(x)
 
 
 class SequenceClassifier(nn.Module):
@@ -282,7 +285,7 @@ class SequenceClassifier(nn.Module):
             vector = encoder.pooled(*inputs)
         else:
             vector = mean_pool(encoder(*inputs), attention_mask if pool_mask is None else pool_mask)
-        vector = nn.Dropout(config.head_dropout, deterministic=deterministic)(vector)
+        vector = Dropout(config.head_dropout)(vector, deterministic)
         return linear(config.num_labels, config, compute, 'classifier')(vector)
 
     @nn.nowrap

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.models._checkpoint import Checkpoint, read_json
-from peftjax.models._config import AttentionForm, Compute, EncoderConfig, read_config
+from peftjax.models._config import SAVED, AttentionForm, Compute, EncoderConfig, read_config
 from peftjax.models._encoder import Encoder, SequenceClassifier
 from peftjax.models._hub import model_folder
 from peftjax.models._names import HEADS, Source, source, stored_names
@@ -46,7 +46,7 @@ def load_encoder(
     scan_layers: bool = True,
     dtype: jax.typing.DTypeLike = jnp.float32,
     attention: AttentionForm = 'fused',
-    save: tuple[str, ...] | None = None,
+    save: tuple[str, ...] | None = SAVED,
     sharding: ShardingOf | None = None,
 ) -> Loaded:
     """Loads a BERT or RoBERTa encoder from a Hugging Face folder or hub name.

@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 from peftjax.models import attention, plain_attention
 from peftjax.models._activations import gelu
+from peftjax.models._dropout import keep
 
 MASK = jnp.arange(5)[None] < jnp.array([[5], [3]])
 
@@ -17,16 +18,33 @@ def draw(dtype=jnp.float32):
     return tuple(jax.random.normal(key, (2, 5, 3, 4), dtype) for key in keys)
 
 
+KEPT = keep(jax.random.key(2), 0.3, (2, 3, 5, 5))
+
+
+@pytest.mark.parametrize('dropout', [(), (KEPT, 0.3)], ids=['whole', 'dropped'])
 @pytest.mark.parametrize('mask', [None, MASK], ids=['all', 'padded'])
-def test_values_and_gradients_are_those_of_the_formula(mask):
+def test_values_and_gradients_are_those_of_the_formula(mask, dropout):
     qkv = draw()
     weight = jax.random.normal(jax.random.key(1), (2, 5, 3, 4))
-    run = lambda f: jax.value_and_grad(lambda qkv: (f(*qkv, mask) * weight).sum())(qkv)
+    run = lambda f: jax.value_and_grad(lambda qkv: (f(*qkv, mask, *dropout) * weight).sum())(qkv)
     fused, plain = run(attention), run(plain_attention)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), fused, plain)
     np.testing.assert_allclose(
-        attention(*qkv, mask), plain_attention(*qkv, mask), rtol=1e-5, atol=1e-6
+        attention(*qkv, mask, *dropout),
+        plain_attention(*qkv, mask, *dropout),
+        rtol=1e-5,
+        atol=1e-6,
     )
+
+
+def test_dropout_of_attention_is_dropout_of_its_weights():
+    """With unit vectors as values, attention returns its weights."""
+    query, key, _ = draw()
+    units = jnp.broadcast_to(jnp.eye(5)[:, None], (2, 5, 3, 5))
+    weights = attention(query, key, units)
+    dropped = attention(query, key, units, None, KEPT, 0.3)
+    expected = jnp.where(KEPT.transpose(0, 2, 1, 3), weights / 0.7, 0)
+    np.testing.assert_allclose(dropped, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_masked_keys_and_their_gradients_are_exactly_absent():
