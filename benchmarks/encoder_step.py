@@ -7,8 +7,10 @@ Needs torch, transformers and peft: `python benchmarks/encoder_step.py`.
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -155,6 +157,20 @@ def interleave(names, args):
     return times, counts[0]
 
 
+def processor():
+    """The kind of CPU, and the widest vectors that it computes with."""
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+        facts = dict(line.split(':', 1) for line in file if ':' in line)
+    told = {name.strip(): value.strip() for name, value in facts.items()}
+    vectors = [v for v in ('avx512f', 'avx2', 'avx') if v in told.get('flags', '').split()]
+    return ', '.join([told.get('model name', platform.machine()), *vectors[:1]])
+
+
+def versions(names):
+    """Of what was timed."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--rows', type=int, default=32)
@@ -179,6 +195,8 @@ def main():
         line['ratio'] = {
             name: round(line['median_ms'][name] / line['median_ms']['torch'], 3) for name in names
         }
+    line['processor'] = processor()
+    line['versions'] = versions(['jax', 'torch', 'peft'])
     line['load'] = [round(x, 2) for x in os.getloadavg()]
     print(json.dumps(line))
 
