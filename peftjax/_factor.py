@@ -35,7 +35,7 @@ class Factor(NamedTuple):
 
     def astype(self, dtype: Any) -> 'Factor':
         """The same in another dtype."""
-        return Factor(self.array.astype(dtype), self.order)
+        return Factor(lax.convert_element_type(self.array, dtype), self.order)
 
 
 def lay(array: Array, axes: Sequence[int | None], rank: int) -> Factor:
@@ -77,6 +77,12 @@ def pick(f: Factor, dims: Sequence[int | None], rank: int) -> Array:
     dims = (*dims,) if None in dims or not extra else (*dims, None)
     wanted = [p for d in dims for p in (extra if d is None else (f.order[d],))]
     kept = [p for p in range(f.array.ndim) if p in wanted]
-    array = lax.squeeze(f.array, [p for p in range(f.array.ndim) if p not in wanted])
-    array = lax.transpose(array, [kept.index(p) for p in wanted if p is not None])
-    return lax.expand_dims(array, [i for i, p in enumerate(wanted) if p is None])
+    order = [kept.index(p) for p in wanted if p is not None]
+    new = [i for i, p in enumerate(wanted) if p is None]
+    # most factors lie as they are needed, and even an operation that does nothing takes its time
+    array = f.array
+    if len(kept) < array.ndim:
+        array = lax.squeeze(array, [p for p in range(array.ndim) if p not in kept])
+    if order != sorted(order):
+        array = lax.transpose(array, order)
+    return lax.expand_dims(array, new) if new else array

@@ -19,6 +19,9 @@ from peftjax._standin import StandIn
 from peftjax._types import Array, Path
 from peftjax._use import Named
 
+SPECIAL = (StandIn, Pending)
+"""Values that are no arrays."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -97,20 +100,18 @@ class Frame:
         self.jaxpr, self.ctx, self.place, self.here = jaxpr, run, place, 0
         self.env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         self.waiting: list[Any] = []
-        self.unmade: set[Any] = set()
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """The outputs, with stand-ins and pending outputs among them."""
         self.env.update(zip(self.jaxpr.invars, arguments, strict=True))
         for here, eqn in enumerate(self.jaxpr.eqns):
             self.here = here
-            named = len(_jaxprs.names_in(eqn))
+            named = len(_jaxprs.names_in(eqn)) if self.ctx.places else 0
             if self._touched(eqn, range(self.place, self.place + named)):
                 self._flush()
                 self._step(eqn)
             else:
                 self.waiting.append(eqn)
-                self.unmade.update(eqn.outvars)
             self.place += named
         self._flush()
         return [self.read(v) for v in self.jaxpr.outvars]
@@ -148,10 +149,9 @@ class Frame:
             return True
         if any(self.ctx.places[place] in self.ctx.named for place in places):
             return True
-        held = [
-            v for v in eqn.invars if not isinstance(v, _jaxprs.Literal) and v not in self.unmade
-        ]
-        return any(isinstance(self.env[v], StandIn | Pending) for v in held)
+        # what an equation that was put off makes is not there yet, and an array
+        held = [self.env.get(v) for v in eqn.invars if not isinstance(v, _jaxprs.Literal)]
+        return any(isinstance(value, SPECIAL) for value in held)
 
     def _flush(self) -> None:
         """Runs the untouched equations that were put off, all at once."""
@@ -169,7 +169,7 @@ class Frame:
         self.env.update(
             zip(outs, _jaxprs.run_as_they_are(self.waiting, list(free), outs, values), strict=True)
         )
-        self.waiting, self.unmade = [], set()
+        self.waiting = []
 
     def _step(self, eqn: Any) -> None:
         """Evaluates one equation that something special enters."""

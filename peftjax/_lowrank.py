@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from peftjax import _paths
 from peftjax._factor import Factor, lay
@@ -31,7 +32,7 @@ class LowRank(Rule):
 
     def post(self, at: At, x: Array, y: Array) -> Array:
         """Adds the low-rank path."""
-        return y + self.path(at, x, y)
+        return lax.add(y, self.path(at, x, y))
 
     def path(self, at: At, x: Array, y: Array) -> Array:
         """The low-rank path alone, in the dtype of the output."""
@@ -43,8 +44,8 @@ class LowRank(Rule):
         lookup = jnp.issubdtype(x.dtype, jnp.integer)
         h = at.down(x, first, y.dtype if lookup else None)
         if self.scale != 1:
-            h = h * self.scale
-        return at.up(h, last).astype(y.dtype)
+            h = lax.mul(h, h.dtype.type(self.scale))
+        return lax.convert_element_type(at.up(h, last), y.dtype)
 
     def dense(self, view: StandIn, w: Array) -> Array:
         """`w + scale * a @ b`."""

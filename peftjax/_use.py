@@ -11,6 +11,7 @@ yields with the weight `a @ b`. `read` and `write` work on the output: `y -> h -
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ class Use(abc.ABC):
 
 def _spread(f: Array, batch: tuple[int, ...]) -> Array:
     """A factor that some batch dimensions share, repeated along them."""
-    return jnp.broadcast_to(f, (*batch, *f.shape[len(batch) :]))
+    return jnp.broadcast_to(f, (*batch, *f.shape[len(batch) :])) if batch else f
 
 
 def product(x: Array, f: Array, numbers: Any, out: tuple[Any, ...] | None, **how: Any) -> Array:
@@ -167,8 +168,9 @@ class Dot(Use):
             swapped = ((numbers[0][1], numbers[0][0]), numbers[1])
             return product(w, h, swapped, (*hs[:n], *ws, *hs[n:]), **how)
         if not n and _mergeable(h):
-            rows = product(h.reshape(-1, h.shape[-1]), w, (((1,), (0,)), ((), ())), None, **how)
-            return rows.reshape(*h.shape[:-1], *w.shape[1:])
+            rows = lax.reshape(h, (math.prod(h.shape[:-1]), h.shape[-1]))
+            y = product(rows, w, (((1,), (0,)), ((), ())), None, **how)
+            return lax.reshape(y, (*h.shape[:-1], *w.shape[1:]))
         return product(h, w, numbers, (*hs, *ws), **how)
 
     def read(self, y: Array, f: Factor) -> Array:
@@ -207,7 +209,8 @@ def _align(f: Array, dims: tuple[int, ...], rank: int) -> Array:
     """Puts the dimensions of `f` at `dims` of a tensor of `rank` dimensions, ones elsewhere."""
     order = sorted(range(len(dims)), key=lambda i: dims[i])
     sizes = {dims[i]: f.shape[i] for i in order}
-    return jnp.reshape(jnp.transpose(f, order), [sizes.get(d, 1) for d in range(rank)])
+    f = f if order == sorted(order) else lax.transpose(f, order)
+    return lax.reshape(f, [sizes.get(d, 1) for d in range(rank)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from peftjax import _paths
+from peftjax._factor import lay
 from peftjax._method import At, Method, OutputRule, float32, site_key
 from peftjax._sites import Site
-from peftjax._standin import StandIn, place
+from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
 
 ACTIVATIONS = {
@@ -154,14 +157,14 @@ class Adapter(Method):
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         del key
-        stack, made = len(site.stack), (*site.stack, *site.outputs)
         factors, spans = {}, {}
         for name, array in phi.items():
-            if name == 'up':
-                array = jnp.moveaxis(array, stack, -1)
-            hidden = name in ('down_bias', 'gate_bias') or array.ndim == stack
-            axes = site.stack if hidden else made
-            factors[name], spans[name] = place(array, axes, site.rank), frozenset(axes)
+            hidden = name in ('down_bias', 'gate_bias') or array.ndim == len(site.stack)
+            made = () if hidden else site.outputs
+            extra = (None,) * (array.ndim - len(site.stack) - len(made))
+            laid = (*extra, *made) if name == 'up' else (*made, *extra)
+            factors[name] = lay(array, (*site.stack, *laid), site.rank)
+            spans[name] = frozenset((*site.stack, *made))
         return StandIn.over(site, w, factors, spans, Bottleneck(self))
 
     def merge(self, site: Site, leaves: Mapping[Path, Array], phi: Phi) -> Mapping[Path, Array]:
@@ -189,7 +192,7 @@ class Bottleneck(OutputRule):
         method, z = self.method, self._input(at, y)
         inner = _normalized(at, z, 'before') if method.norm in ('before', 'both') else z
         h = at.read(inner, 'down')
-        h = ACTIVATIONS[method.activation](h + at.on_hidden(h, 'down_bias'))
+        h = _activated(h, at.on_hidden(h, 'down_bias'), method.activation)
         u = at.write(h, 'up')
         u = u + at.on_output(u, 'up_bias')
         if isinstance(method.scale, str):
@@ -198,7 +201,7 @@ class Bottleneck(OutputRule):
             u = u * method.scale
         if method.gate:
             u = u * self._opening(at, z)
-        out = y + u.astype(y.dtype)
+        out = lax.add(y, lax.convert_element_type(u, y.dtype))
         return _normalized(at, out, 'after') if method.norm in ('after', 'both') else out
 
     def _input(self, at: At, y: Array) -> Array:
@@ -219,6 +222,12 @@ class Bottleneck(OutputRule):
         g = at.use.spread(jax.nn.sigmoid(g + at.on_hidden(g, 'gate_bias')), z)
         others = [axis for axis in range(z.ndim) if axis not in at.use.outputs(z)]
         return jnp.mean(g, others[len(at.use.batch) + 1 :], keepdims=True)
+
+
+@partial(jax.jit, static_argnums=2, inline=True)
+def _activated(h: Array, bias: Array, activation: str) -> Array:
+    """The hidden layer; traced once for all of one shape."""
+    return ACTIVATIONS[activation](h + bias)
 
 
 def _normalized(at: At, x: Array, side: str, epsilon: float = 1e-5) -> Array:

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from peftjax._factor import lay
 from peftjax._lowrank import LowRank, LowRankMethod
 from peftjax._method import At, Rule, float32
 from peftjax._sites import Site
-from peftjax._standin import StandIn, place
+from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
 
 
@@ -57,16 +59,17 @@ class Dora(LowRankMethod):
         phi = {}
         for site in sites:
             pair = self.pair(key, site)
-            norm = jnp.sqrt(_square(params[site.path], site)).astype(self.dtype)
+            norm = jnp.sqrt(_square(params[site.path], _letters(site))).astype(self.dtype)
             phi[site.path] = {**pair, 'm': norm}
         return phi
 
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         factors, spans, product = self.low_rank(site, phi, key)
-        norm = _norm(w.dense() if isinstance(w, StandIn) else w, phi, site, product.scale)
+        below = w.dense() if isinstance(w, StandIn) else w
+        norm = _norm(below, phi['a'], phi['b'], _letters(site), product.scale)
         made = (*site.stack, *site.outputs)
-        factors['gain'] = place(float32(phi['m']) / norm, made, site.rank)
+        factors['gain'] = lay(float32(phi['m']) / norm, made, site.rank)
         spans['gain'] = frozenset(made)
         return StandIn.over(site, w, factors, spans, Decomposed(product))
 
@@ -105,26 +108,28 @@ def _letters(site: Site) -> tuple[str, str, str, str]:
     return names, pick(site.stack), pick(site.inputs), pick(site.outputs)
 
 
-def _square(w: Array, site: Site) -> Array:
+def _square(w: Array, letters: tuple[str, ...]) -> Array:
     """Squared norm of each output's weights: `(*stack, *out)`, in float32."""
-    names, stack, _, out = _letters(site)
+    names, stack, _, out = letters
     return _sum(f'{names},{names}->{stack}{out}', w, w)
 
 
-def _norm(w: Array, phi: Phi, site: Site, scale: float) -> Array:
+@partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _norm(w: Array, a: Array, b: Array, letters: tuple[str, ...], scale: float) -> Array:
     """Norm of `w + scale * a @ b` over the inputs, from products of the size of the factors.
 
-    Of an output without weights, whose magnitude is zero too, it counts as one.
+    Of an output without weights, whose magnitude is zero too, it counts as one. Traced once for
+    all weights of one shape.
     """
-    names, stack, ins, out = _letters(site)
-    w, a, b = jax.lax.stop_gradient((w, float32(phi['a']), float32(phi['b'])))
+    names, stack, ins, out = letters
+    w, a, b = jax.lax.stop_gradient((w, float32(a), float32(b)))
     both = f'{stack}{out}'
     wa = _sum(f'{names},{stack}{ins}r->{stack}r{out}', w, a.astype(w.dtype))
     aa = _sum(f'{stack}{ins}r,{stack}{ins}s->{stack}rs', a, a)
     cross = _sum(f'{stack}r{out},{stack}r{out}->{both}', wa, b)
     inner = _sum(f'{stack}rs,{stack}s{out}->{stack}r{out}', aa, b)
     low = _sum(f'{stack}r{out},{stack}r{out}->{both}', inner, b)
-    square = _square(w, site) + 2 * scale * cross + scale**2 * low
+    square = _square(w, letters) + 2 * scale * cross + scale**2 * low
     return jnp.sqrt(jnp.where(square > 0, square, 1))
 
 

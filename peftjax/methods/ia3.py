@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from peftjax import _paths
+from peftjax._factor import lay
 from peftjax._method import At, Method, OutputRule, Rule, float32
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn, place
@@ -78,7 +79,7 @@ class Ia3(Method):
         del key
         axes = self._axes(site)
         rule = ScaleInput() if self._feeds_forward(site) else ScaleOutput()
-        factors = {'l': place(phi['l'], axes, site.rank)}
+        factors = {'l': lay(phi['l'], axes, site.rank)}
         return StandIn.over(site, w, factors, {'l': frozenset(axes)}, rule)
 
     def merge(self, site: Site, leaves: Mapping[Path, Array], phi: Phi) -> Mapping[Path, Array]:
