@@ -87,7 +87,7 @@ class Fitter:
         Args:
           tokens: of the examples.
           labels: `(n,)` integers.
-          seed: of order, dropout and the fresh phi.
+          seed: of order, dropout, the fresh classifier and the rest of the fresh phi.
           tick: called after each step.
 
         Returns:
@@ -96,11 +96,12 @@ class Fitter:
         Raises:
           ValueError: the loss does not stay finite.
         """
-        phi = jax.jit(self.peft.init)(jax.random.key(seed), self.task.params)
+        for_phi, for_head, for_steps = jax.random.split(jax.random.key(seed), 3)
+        phi = jax.jit(self.peft.init)(for_phi, self.task.fresh(for_head))
         if self.recipe.probe:
             return self._probe(tokens, labels, phi, tick)
         settings, task = self.settings, self.task
-        state = start(self._tx, phi, jax.random.key(seed))
+        state = start(self._tx, phi, for_steps)
         order = data.epochs(len(labels), settings.batch, seed, settings.epochs)
         batches = [task.batch(tokens, labels, index, settings.batch) for index in order]
         compiled = self._step.seconds

@@ -15,7 +15,8 @@ EVALUATE = 64
 """Rows of a batch where nothing is trained."""
 
 HEAD_KEY = 0
-"""Draws the classifier that phi replaces, the same in every run: theta stays recognizable."""
+"""Draws theta's classifier, the same in every run, so that theta stays recognizable; training
+starts from `Task.fresh`, which each seed draws anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Task:
       tokenizer: of the model.
       pad_id: of the model.
       max_tokens: longer texts are cut.
+      deviation: of the weights of a fresh classifier.
     """
 
     model: str
@@ -41,6 +43,14 @@ class Task:
     tokenizer: Any
     pad_id: int
     max_tokens: int
+    deviation: float
+
+    def fresh(self, key: jax.Array) -> Any:
+        """Theta with a classifier of its own; its luck is a part of the spread over seeds."""
+        head = self.params['classifier']
+        kernel = self.deviation * jax.random.normal(key, head['kernel'].shape)
+        drawn = {'kernel': kernel, 'bias': jnp.zeros_like(head['bias'])}
+        return {**self.params, 'classifier': drawn}
 
     def encode(self, texts: tuple[str, ...]) -> data.Tokens:
         """Tokens of texts."""
@@ -98,6 +108,7 @@ def load_task(model: str, names: tuple[str, ...], max_tokens: int) -> Task:
         tokenizer,
         config.pad_token_id,
         max_tokens,
+        config.initializer_range,
     )
 
 

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax import checkpoint, data
@@ -155,3 +156,19 @@ def test_the_same_seed_makes_the_same_adapter(here):
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert not all((a == b).all() for a, b in zip(first, other, strict=True))
     assert fits[0].compile_seconds > 0 == fits[1].compile_seconds
+
+
+def test_each_seed_starts_from_a_classifier_of_its_own(here):
+    (recipe,) = chosen('bitfit')
+    train = data.load_labelled(here.train)
+    with jax.numpy_dtype_promotion('standard'):
+        task = load_task(here.model, train.names, 16)
+        tokens = task.encode(train.texts)
+        still = Settings(epochs=1, batch=16, rate=0.0, head_rate=0.0)
+        fitter = Fitter(task, recipe, still, tokens.input_ids.shape[1], 1)
+        fits = [fitter.fit(tokens, train.labels, seed, lambda: None) for seed in range(8)]
+    heads = [fit.phi['head'] for fit in fits]
+    kernels = jnp.stack([head['classifier/kernel']['value'] for head in heads])
+    assert len({float(kernel[0, 0]) for kernel in kernels}) == len(fits)
+    assert 0.7 < float(kernels.std()) / task.deviation < 1.3
+    assert not any(head['classifier/bias']['value'].any() for head in heads)
