@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
 from peftjax import _jaxprs, _layout
+from peftjax._one_pass import recompute, sum_in_one_pass
 from peftjax._pending import Pending, settled
 from peftjax._record import Recorder
 from peftjax._standin import StandIn
@@ -173,6 +174,8 @@ def _custom(frame: Frame, eqn: Any) -> Sequence[Any]:
     """A call with a derivative rule of its own gets arrays; sites inside it are still found."""
     recorder = frame.ctx.recorder
     name = eqn.primitive.name
+    if (loop := _loop(eqn)) is not None:
+        return _sum(frame, eqn, loop)
     if recorder is None:
         inside = frame.within(eqn)
         for view in inside.values():
@@ -191,6 +194,43 @@ def _custom(frame: Frame, eqn: Any) -> Sequence[Any]:
     run = dataclasses.replace(frame.ctx, recorder=recorder.within(inside))
     outs = frame.enter(eqn.params['call_jaxpr'], values, frame.place, run)
     return [frame.array(out, inside) for out in outs]
+
+
+def _loop(eqn: Any) -> Any:
+    """The loop of a `sum_in_one_pass`, if the equation is one, of a scalar."""
+    eqns = _jaxprs.opened(eqn.params['call_jaxpr'])[0].eqns
+    if [e.primitive.name for e in eqns] != ['scan', 'reduce_sum'] or eqns[1].outvars[0].aval.shape:
+        return None
+    body = _jaxprs.opened(eqns[0].params['jaxpr'])[0].eqns
+    marked = len(body) == 1 and body[0].params.get('policy') is recompute
+    return eqns[0] if marked and not _jaxprs.names_in(eqns[0]) else None
+
+
+def _sum(frame: Frame, eqn: Any, loop: Any) -> Sequence[Any]:
+    """A sum whose derivative is found in the same pass: so it is with stand-ins, too."""
+    whole, body = eqn.params['call_jaxpr'], loop.params['jaxpr']
+    values = [frame.settle(v) for v in eqn.invars]
+    if frame.ctx.recorder is not None:
+        return frame.enter(whole, values, frame.place)
+    values = _operands(whole, values, loop)
+    count, _ = _jaxprs.scan_counts(loop.params)
+    parts = [frame.array(value, 'is cut into parts') for value in values[count:]]
+    (once,) = _jaxprs.opened(body)[0].eqns
+
+    def part(shared: Sequence[Any], part: Sequence[Any]) -> Any:
+        values = _operands(body, [*shared, *part], once)
+        (out,) = frame.enter(once.params['jaxpr'], values, frame.place)
+        return frame.array(out, 'leaves a part')
+
+    return [sum_in_one_pass(part, values[:count], parts)]
+
+
+def _operands(jaxpr: Any, values: Sequence[Any], eqn: Any) -> list[Any]:
+    """The operands of an equation that reads nothing but the arguments of its jaxpr."""
+    jaxpr, consts = _jaxprs.opened(jaxpr)
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    known.update(zip(jaxpr.invars, values, strict=True))
+    return [v.val if isinstance(v, _jaxprs.Literal) else known[v] for v in eqn.invars]
 
 
 def _shard_map(frame: Frame, eqn: Any) -> Sequence[Any]:
