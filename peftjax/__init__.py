@@ -27,6 +27,16 @@ from peftjax.methods import PrefixTuning as PrefixTuning
 from peftjax.methods import PromptTuning as PromptTuning
 from peftjax.methods import Trainable as Trainable
 from peftjax.optim import masked_optimizer as masked_optimizer
+from peftjax.quantize import INT4 as INT4
+from peftjax.quantize import INT8 as INT8
+from peftjax.quantize import NF4 as NF4
+from peftjax.quantize import Quantized as Quantized
+from peftjax.quantize import Requantized as Requantized
+from peftjax.quantize import Scheme as Scheme
+from peftjax.quantize import dequantize as dequantize
+from peftjax.quantize import quantize as quantize
+from peftjax.quantize import quantized_apply as quantized_apply
+from peftjax.quantize import requantize as requantize
 from peftjax.train import TrainState as TrainState
 from peftjax.train import start as start
 from peftjax.train import train_step as train_step

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from peftjax import _paths
+from peftjax._quantized import dequantize
 from peftjax._types import ApplyFn, Array, PyTree
 
 
@@ -16,7 +17,7 @@ class Call:
     def __init__(self, fn: ApplyFn, params: PyTree, args: Sequence[Any], kwargs: Mapping[str, Any]):
         self.leaves = _paths.leaves(params)
         self.inputs, self._fill = split((tuple(args), dict(kwargs)))
-        self._fn, self._tree = fn, jax.tree.structure(params)
+        self._fn, self._tree = fn, _paths.structure(params)
         self.out: Any = None
 
     def flat(self, *arrays: Array) -> list[Any]:
@@ -53,6 +54,6 @@ def result_shapes(fn: ApplyFn, params: PyTree, args: Any, kwargs: Any) -> PyTree
 
     def run(params: PyTree, arrays: Sequence[Any]) -> PyTree:
         args, kwargs = fill(arrays)
-        return fn(params, *args, **kwargs)
+        return fn(dequantize(params), *args, **kwargs)
 
     return jax.eval_shape(run, params, arrays)

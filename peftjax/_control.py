@@ -236,6 +236,7 @@ def _operands(jaxpr: Any, values: Sequence[Any], eqn: Any) -> list[Any]:
 def _shard_map(frame: Frame, eqn: Any) -> Sequence[Any]:
     params, recording = eqn.params, frame.ctx.recorder is not None
     values = [frame.settle(v) for v in eqn.invars]
+    values = [value.solid() if isinstance(value, StandIn) else value for value in values]
     for value, spec in zip(values, params['in_specs'], strict=True):
         if isinstance(value, StandIn) and value.rule.deferred and any(spec) and not recording:
             raise ValueError(

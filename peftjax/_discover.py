@@ -9,6 +9,7 @@ import jax
 from peftjax import _paths, _virtual
 from peftjax._call import Call, is_array, split
 from peftjax._interpret import Run, evaluate
+from peftjax._quantized import dequantize, is_quantized
 from peftjax._record import Recorder, distinct
 from peftjax._sites import Sites
 from peftjax._standin import bare
@@ -22,7 +23,7 @@ def sites(apply_fn: ApplyFn, params: PyTree, *args: Any, **kwargs: Any) -> Sites
 
     Args:
       apply_fn: `apply_fn(params, *args, **kwargs)`, any pure function.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s, or of leaves quantized by `pj.quantize`.
       *args: as for a call; arrays may be `jax.ShapeDtypeStruct`s, all else is static.
       **kwargs: likewise.
 
@@ -44,7 +45,7 @@ def sites(apply_fn: ApplyFn, params: PyTree, *args: Any, **kwargs: Any) -> Sites
     """
 
     def record(params: PyTree, arrays: Sequence[Array]) -> None:
-        call = Call(apply_fn, params, *fill(arrays))
+        call = Call(apply_fn, dequantize(params), *fill(arrays))
         views = [bare(path, w, recorder) for path, w in call.leaves.items()]
         evaluate(call.flat, views, call.inputs, Run({}, {}, recorder))
 
@@ -95,7 +96,7 @@ def grown(
 
 def _checked(params: PyTree) -> PyTree:
     for path, leaf in _paths.leaves(params).items():
-        if not is_array(leaf):
+        if not is_array(leaf) and not is_quantized(leaf):
             raise TypeError(
                 f'params must hold arrays only; {path!r} is {leaf!r}. Keep it out of params '
                 '(equinox: eqx.partition(model, eqx.is_array))'

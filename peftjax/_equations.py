@@ -18,7 +18,6 @@ KEEPS = frozenset(
         'name',
         'optimization_barrier',
         'pvary',
-        'reduce_precision',
         'sharding_constraint',
     )
 )
@@ -161,6 +160,7 @@ def _gather(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> 
         free=free,
         numbers=numbers,
         mode=params['mode'],
+        fill=params['fill_value'],
         offset=tuple(offset[d] for d in free),
         paired=tuple(around[d] for d in numbers.start_indices_batching_dims),
     )

@@ -15,7 +15,7 @@ from peftjax._control import CALLS
 from peftjax._method import At
 from peftjax._pending import Companion, Pending, settled
 from peftjax._record import ELEMENTWISE, Recorder
-from peftjax._standin import StandIn
+from peftjax._standin import Hole, StandIn
 from peftjax._types import Array, Path
 from peftjax._use import Named
 
@@ -74,7 +74,7 @@ def _numbered(names: Sequence[str]) -> tuple[Path, ...]:
 def _bottom(value: Any) -> Any:
     while isinstance(value, StandIn):
         value = value.w
-    return value
+    return value.struct if isinstance(value, Hole) else value
 
 
 def _from_below(view: Any) -> list[StandIn]:
@@ -140,7 +140,7 @@ class Frame:
     def serve(self, view: Any, how: str) -> None:
         """Notes how a use of a stand-in, and of those below it, was served."""
         while isinstance(view, StandIn):
-            if not isinstance(view.rule, Companion):
+            if view.rule.noted:
                 self.ctx.served.setdefault(view.path, {})[how] = None
             view = view.w
 
@@ -309,7 +309,7 @@ class Frame:
             self.serve(w, 'dense: its factors do not lie along this use')
             return use.run(x, w.dense())
         self.serve(dataclasses.replace(w, w=None), 'efficient')
-        y = self._consume(use, w.rule.pre(at, x), w.w)
+        y = w.rule.run(at, w.rule.pre(at, x), lambda x: self._consume(use, x, w.w))
         step = (at, x, w.rule)
         if isinstance(y, Pending):
             return dataclasses.replace(y, steps=(*y.steps, step))

@@ -80,6 +80,13 @@ class Rule(abc.ABC):
 
     deferred: ClassVar[bool] = False
     """Whether `post` waits until the layer's own bias is added (the output seam)."""
+    noted: ClassVar[bool] = True
+    """Whether the plan tells how the uses of its weight are served."""
+
+    def holds(self, view: StandIn) -> bool:
+        """Whether the factors still say what the rule needs, after they were moved."""
+        del view
+        return True
 
     def fits(self, at: At) -> bool:
         """Whether `pre` and `post` can serve this use; otherwise it gets `dense`."""
@@ -90,6 +97,17 @@ class Rule(abc.ABC):
         """Changes the input."""
         del at
         return x
+
+    def run(self, at: At, x: Any, below: Callable[[Any], Any]) -> Any:
+        """What the use yields before `post`: that of the weight below, unless there is none.
+
+        Args:
+          at: where.
+          x: the input, after `pre`.
+          below: the same use of what stands below.
+        """
+        del at
+        return below(x)
 
     def post(self, at: At, x: Array, y: Array) -> Array:
         """Changes the output; `x` is the input before `pre`."""

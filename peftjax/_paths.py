@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from peftjax._quantized import is_quantized
 from peftjax._types import Path, PyTree, Target
 
 
@@ -22,12 +23,13 @@ def name(keys: tuple[Any, ...]) -> Path:
 
 
 def leaves(tree: PyTree) -> dict[Path, Any]:
-    """All leaves by path, in the order of `jax.tree.leaves`.
+    """All leaves by path, in the order of `jax.tree.leaves`; a quantized leaf counts as one.
 
     Raises:
       ValueError: two leaves share one path.
     """
-    named = [(name(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+    named = [(name(keys), leaf) for keys, leaf in flat]
     found = dict(named)
     if len(found) < len(named):
         twice = next(path for path, _ in named if sum(path == other for other, _ in named) > 1)
@@ -37,7 +39,13 @@ def leaves(tree: PyTree) -> dict[Path, Any]:
 
 def replace(tree: PyTree, new: Mapping[Path, Any]) -> PyTree:
     """The same tree with the leaves at the paths of `new` replaced."""
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: new.get(name(keys), leaf), tree)
+    changed = lambda keys, leaf: new.get(name(keys), leaf)
+    return jax.tree_util.tree_map_with_path(changed, tree, is_leaf=is_quantized)
+
+
+def structure(tree: PyTree) -> Any:
+    """The structure of a tree whose leaves are those of `leaves`."""
+    return jax.tree.structure(tree, is_leaf=is_quantized)
 
 
 def parent(path: Path) -> Path:

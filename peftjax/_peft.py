@@ -11,9 +11,11 @@ import jax
 from peftjax import _paths, _virtual
 from peftjax._call import Call, result_shapes
 from peftjax._chain import Chain, part_keys
+from peftjax._dequantize import stand
 from peftjax._interpret import Run, evaluate
 from peftjax._method import Method, float32
 from peftjax._pending import Companion
+from peftjax._quantized import is_quantized, whole
 from peftjax._shapes import Shape, differences, shapes_of
 from peftjax._sites import Site, table
 from peftjax._standin import StandIn, bare
@@ -92,11 +94,12 @@ class Peft:
           Parameters of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: a method has no place in the parameters.
+          ValueError: a method has no place in the parameters; a leaf that would change is quantized.
         """
         self._check_params(params)
         self._check_phi(phi)
         leaves = _paths.leaves(params)
+        self._check_mergeable(leaves)
         merged: dict[Path, Array] = {}
         for part, chosen, mine in self._parts(phi):
             for site in chosen:
@@ -143,7 +146,7 @@ class Peft:
 
     def _fresh(self, key: Array, params: PyTree) -> Phi:
         """`init` without a check."""
-        leaves = _paths.leaves(params)
+        leaves = _Arrays(_paths.leaves(params))
         return _nested(
             (keys, part.init(mine, chosen, leaves))
             for (keys, part), chosen, mine in zip(
@@ -184,7 +187,7 @@ class Peft:
         self, leaves: Mapping[Path, Array], phi: Phi, key: Array | None
     ) -> tuple[list[Any], dict[Path, StandIn]]:
         """What stands where each leaf stood, and at named values."""
-        bound: dict[Path, Any] = dict(leaves)
+        bound: dict[Path, Any] = {path: stand(path, leaf) for path, leaf in leaves.items()}
         named: dict[Path, Any] = {}
         parts = self._parts(phi)
         own = self._keys(key) if key is not None else [None] * len(parts)
@@ -208,6 +211,22 @@ class Peft:
                         f'used in a way that has no output of its own ({", ".join(served[path])}). '
                         'Leave the path out of the target'
                     )
+
+    def _check_mergeable(self, leaves: Mapping[Path, Any]) -> None:
+        """Refuses to round a merged weight without being asked."""
+        found = [
+            path
+            for (_, part), chosen in zip(self.method.parts, self.sites, strict=True)
+            for site in chosen
+            for path in (site.path, *site.bias)
+            if part.mergeable and is_quantized(leaves.get(path))
+        ]
+        if found:
+            raise ValueError(
+                f'a merged weight is an ordinary array; {found[0]!r} is quantized '
+                f'({len(set(found))} such leaves). Merge into pj.dequantize(params); '
+                'pj.requantize(merged, like=params) rounds it again and tells the error'
+            )
 
     def _check_params(self, params: PyTree) -> None:
         _compare('params', self.leaves, shapes_of(params))
@@ -244,6 +263,22 @@ class Peft:
                 found = ', '.join(f'{len(p)} {kind} ({p[0]}{" …" * (len(p) > 1)})'
                                   for kind, p in kinds.items())  # fmt: skip
                 yield f'{type(part).__name__} passes over what its target finds: {found}'
+
+
+class _Arrays(Mapping[Path, Array]):
+    """Leaves as arrays: a quantized one is dequantized when a method looks at it."""
+
+    def __init__(self, leaves: Mapping[Path, Any]):
+        self._leaves = leaves
+
+    def __getitem__(self, path: Path) -> Array:
+        return whole(self._leaves[path])
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
 def _at(phi: Phi, keys: Sequence[str]) -> Any:

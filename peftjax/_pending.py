@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from peftjax import _paths
 from peftjax._method import At, Rule
@@ -13,6 +13,8 @@ from peftjax._types import Array, Path
 @dataclasses.dataclass(frozen=True)
 class Companion(Rule):
     """Marks a leaf that may be the bias of a layer whose output is adapted."""
+
+    noted: ClassVar[bool] = False
 
     def fits(self, at: At) -> bool:
         """It is a plain array wherever it is used."""

@@ -20,6 +20,44 @@ if TYPE_CHECKING:
 Axes: TypeAlias = frozenset[int]
 
 
+def _first(w: Array) -> Array:
+    return jax.lax.index_in_dim(w, 0, keepdims=False)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """The place of a weight that is no array: the stand-in over it makes it of its factors.
+
+    Attributes:
+      struct: the array that would be here.
+      casts: the dtypes that it went through after its own.
+    """
+
+    struct: jax.ShapeDtypeStruct
+    casts: tuple[Any, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight as it stands now."""
+        return self.struct.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the weight as it stands now."""
+        return self.struct.dtype
+
+    def move(self, on_weight: Callable[[Any], Any]) -> 'Hole':
+        """After a layout operation or a cast."""
+        struct = jax.eval_shape(on_weight, self.struct)
+        cast = () if struct.dtype == self.dtype else (struct.dtype,)
+        return Hole(struct, (*self.casts, *cast))
+
+    def body(self) -> 'Hole':
+        """Without the first dimension."""
+        return Hole(jax.eval_shape(_first, self.struct), self.casts)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=['w', 'laid'],
@@ -33,7 +71,8 @@ class StandIn:
     weight alone. `rule` knows what happens at the use; the stand-in only knows the geometry.
 
     Attributes:
-      w: the weight as it stands now, or the stand-in of the method below; `None` at a named value.
+      w: the weight as it stands now, or the stand-in of the method below; `None` at a named value; a
+        `Hole` where the rule makes the weight of the factors alone.
       laid: the factors as they lie in memory.
       dims: for each current dimension of the weight, the leaf axes that it is made of.
       spans: for each factor, the leaf axes that it depends on.
@@ -111,13 +150,16 @@ class StandIn:
         moved = {name: f for name, f in tried.items() if f is not None}
         if len(moved) < len(tried):
             return None
-        below = self.w.move(layout, on_weight) if isinstance(self.w, StandIn) else on_weight(self.w)
-        if below is None:
-            return None
-        return self._with(moved, w=below, dims=layout.dims)
+        now = self._with(moved, w=_moved(self.w, layout, on_weight), dims=layout.dims)
+        return now if self.rule.holds(now) else None
 
-    def lead(self) -> 'StandIn':
-        """The same, with factors that `lax.scan` can slice along the first dimension."""
+    def lead(self) -> 'StandIn | Array':
+        """The same, with factors that `lax.scan` can slice along the first dimension.
+
+        The dense weight, if it cannot be sliced there.
+        """
+        if not self.rule.holds(self.body()):
+            return self.dense()
         length, wide = self.shape[0], {name: self.factor(name) for name in self.laid}
         for name, f in wide.items():
             if f.order[0] != 0 or f.array.shape[0] != length:
@@ -129,12 +171,19 @@ class StandIn:
 
     def body(self) -> 'StandIn':
         """What `lax.scan` hands to its body: the first dimension is gone."""
-        below = self.w.body() if isinstance(self.w, StandIn) else self.w
+        below = self.w.body() if isinstance(self.w, StandIn | Hole) else self.w
         orders = tuple(
             (name, tuple(d if d is None else d - 1 for d in order[1:]))
             for name, order in self.orders
         )
         return dataclasses.replace(self, w=below, dims=self.dims[1:], orders=orders)
+
+    def solid(self) -> 'StandIn | Array':
+        """The same over arrays: what is made of factors alone is made now."""
+        if isinstance(self.w, Hole):
+            return self.dense()
+        below = self.w.solid() if isinstance(self.w, StandIn) else self.w
+        return dataclasses.replace(self, w=below)
 
     def dense(self) -> Array:
         """The adapted weight as an array."""
@@ -154,6 +203,16 @@ class StandIn:
         product = jnp.einsum(*terms, both)
         missing = tuple(d for d in range(rank) if d not in both)
         return jnp.broadcast_to(jnp.expand_dims(product, missing), self.shape)
+
+
+def _moved(w: Any, layout: _layout.Layout, on_weight: Callable[[Any], Any]) -> Any:
+    """What lies below a stand-in after a layout operation; dense, if it cannot travel on."""
+    if isinstance(w, Hole):
+        return w.move(on_weight)
+    if not isinstance(w, StandIn):
+        return on_weight(w)
+    moved = w.move(layout, on_weight)
+    return on_weight(w.dense()) if moved is None else moved
 
 
 def bare(path: Path, w: Any, rule: Any) -> StandIn:

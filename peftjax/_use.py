@@ -12,7 +12,7 @@ yields with the weight `a @ b`. `read` and `write` work on the output: `y -> h -
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,25 @@ class Use(abc.ABC):
     def write(self, h: Array, f: Factor) -> Array:
         """`h -> y` for an `h` that came from `read`."""
         return self.up(h, f)
+
+    def find(
+        self,
+        x: Array,
+        factors: Mapping[str, Factor],
+        make: Callable[[dict[str, Array]], Array],
+    ) -> Array | None:
+        """`x -> y` where only some rows of the weight are wanted, each made of parts.
+
+        Args:
+          x: the indices.
+          factors: the parts, along all dimensions but that of the rows themselves.
+          make: from the parts of some rows, `(*rows, part)`, to those rows, `(*rows, numbers)`.
+
+        Returns:
+          The rows in their places; `None` where all of the weight is wanted.
+        """
+        del x, factors, make
+        return None
 
     @abc.abstractmethod
     def on_output(self, y: Array, f: Factor) -> Array:
@@ -220,12 +239,14 @@ class Gather(Use):
     Attributes:
       numbers: of the equation.
       mode: what happens to indices out of bounds.
+      fill: what is found there; `None` for what JAX puts there.
       offset: the dimensions of `y` that the free dimensions make, in their order.
       paired: the dimensions of `y` that go with the weight's batch dimensions.
     """
 
     numbers: lax.GatherDimensionNumbers
     mode: Any
+    fill: Any
     offset: tuple[int, ...]
     paired: tuple[int, ...]
 
@@ -239,12 +260,27 @@ class Gather(Use):
 
     def down(self, x: Array, f: Factor) -> Array:
         """See `Use`; the same lookup in the factor, whose slices are its ranks."""
+        # what is out of bounds is not in the weight, whatever the equation fills it with
+        return self._lookup(x, f, 0)
+
+    def find(
+        self,
+        x: Array,
+        factors: Mapping[str, Factor],
+        make: Callable[[dict[str, Array]], Array],
+    ) -> Array | None:
+        """See `Use`; what fills places out of bounds cannot be made of parts."""
+        if self.fill is not None or len(self.free) != 1:
+            return None
+        found = make({name: self._lookup(x, f, None) for name, f in factors.items()})
+        return jnp.moveaxis(found, -1, self.offset[0])
+
+    def _lookup(self, x: Array, f: Factor, fill: Any) -> Array:
         rank = x.ndim - 1 + len(self.numbers.offset_dims)
         numbers = self.numbers._replace(offset_dims=(*self.numbers.offset_dims, rank))
         w = f.form()
         sizes = (*(1,) * self._rank, w.shape[-1])
-        # what is out of bounds is not in the weight, whatever the equation fills it with
-        h = lax.gather(w, x, numbers, sizes, mode=self.mode, fill_value=0)
+        h = lax.gather(w, x, numbers, sizes, mode=self.mode, fill_value=fill)
         return jnp.squeeze(h, self.offset)
 
     def up(self, h: Array, f: Factor) -> Array:
