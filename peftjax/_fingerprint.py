@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import _paths
+from peftjax._quantized import Quantized
 from peftjax._types import Array, Path, PyTree
 
 COUNT = 16
@@ -36,7 +37,8 @@ class Fingerprint:
         """Reads at most 16 values of each leaf; no leaf is copied as a whole.
 
         Args:
-          params: pytree of arrays, on any device, sharded or not.
+          params: pytree of arrays, on any device, sharded or not; of a quantized leaf the values
+            that its codes stand for.
 
         Raises:
           TypeError: a leaf holds no values.
@@ -44,7 +46,7 @@ class Fingerprint:
         """
         found = []
         for path, leaf in _paths.leaves(params).items():
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            if not _has_values(leaf):
                 raise TypeError(
                     f'a fingerprint needs the values of params; {path!r} is {leaf!r:.80}. '
                     'Pass the arrays, or no params'
@@ -68,8 +70,21 @@ class Fingerprint:
         return wrong
 
 
+def _has_values(leaf: Any) -> bool:
+    parts = leaf.parts.values() if isinstance(leaf, Quantized) else (leaf,)
+    return all(isinstance(part, jax.Array | np.ndarray | np.generic) for part in parts)
+
+
 def _sample(path: Path, leaf: Any) -> np.ndarray:
     """Values at places that depend on the path and the size alone."""
+    where = _places(path, leaf)
+    if isinstance(leaf, Quantized):
+        return np.asarray(leaf.at(where, lambda part, there: _values(path, part, there)))
+    return _values(path, leaf, where)
+
+
+def _places(path: Path, leaf: Any) -> np.ndarray:
+    """Some indices: `(axes, count)`."""
     size = math.prod(leaf.shape)
     start = zlib.crc32(path.encode()) << 32
     # The multiples of the golden ratio spread evenly, whatever the strides of the leaf.
@@ -79,7 +94,13 @@ def _sample(path: Path, leaf: Any) -> np.ndarray:
     where = np.empty((len(leaf.shape), len(places)), np.int64)
     for axis in reversed(range(len(leaf.shape))):
         places, where[axis] = np.divmod(places, max(leaf.shape[axis], 1))
-    values, left = np.zeros(len(spread), leaf.dtype), np.ones(len(spread), bool)
+    return where
+
+
+def _values(path: Path, leaf: Any, where: np.ndarray) -> np.ndarray:
+    """The values of an array at some indices."""
+    count = where.shape[1]
+    values, left = np.zeros(count, leaf.dtype), np.ones(count, bool)
     for corner, piece in _pieces(leaf):
         local = where - np.reshape(np.asarray(corner, np.int64), (-1, 1))
         inside = left & np.all((0 <= local) & (local < np.reshape(piece.shape, (-1, 1))), axis=0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import _codes
@@ -81,6 +82,25 @@ class Quantized:
     def dequantize(self) -> Array:
         """The weight as an array of its own shape and dtype (rounded, as it was quantized)."""
         return _decoded(self.codes, self.scales, self.steps, self.scheme, self.width, self.dtype)
+
+    def at(self, where: Any, take: Callable[[Array, Any], Any]) -> Array:
+        """Some of the weights, of which only the codes and scales are read.
+
+        Args:
+          where: their indices, `(axes, count)`, NumPy.
+          take: finds the values of an array at such indices.
+        """
+        *lead, last = where
+        packed = 2 if _codes.bits(self.scheme.code) == 4 else 1
+        each = {'codes': packed, 'scales': self.scheme.block}
+        each['steps'] = self.scheme.block * _codes.GROUP
+        found = {
+            name: jnp.asarray(take(part, np.stack([*lead, last // each[name]])))[:, None]
+            for name, part in self.parts.items()
+        }
+        if packed == 2:  # the code that is wanted comes to the upper half
+            found['codes'] = found['codes'] << jnp.asarray(4 * (last % 2), jnp.uint8)[:, None]
+        return dataclasses.replace(self.made_of(found), width=1).dequantize()[:, 0]
 
     def shardings(self, sharding: NamedSharding) -> 'Quantized':
         """Where codes and scales lie, for a weight that lies as `sharding` says.

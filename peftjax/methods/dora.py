@@ -66,8 +66,7 @@ class Dora(LowRankMethod):
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         factors, spans, product = self.low_rank(site, phi, key)
-        below = w.dense() if isinstance(w, StandIn) else w
-        norm = _norm(below, phi['a'], phi['b'], _letters(site), product.scale)
+        norm = _norm_below(w, phi, site, product.scale)
         made = (*site.stack, *site.outputs)
         factors['gain'] = lay(float32(phi['m']) / norm, made, site.rank)
         spans['gain'] = frozenset(made)
@@ -114,6 +113,17 @@ def _square(w: Array, letters: tuple[str, ...]) -> Array:
     return _sum(f'{names},{names}->{stack}{out}', w, w)
 
 
+def _norm_below(w: Any, phi: Phi, site: Site, scale: float) -> Array:
+    """The norm over a weight, or over what a method below makes: that one layer at a time."""
+    w, pair = jax.lax.stop_gradient((w, {name: phi[name] for name in 'ab'}))
+    if isinstance(w, StandIn) and 0 in site.stack and isinstance(led := w.lead(), StandIn):
+        one = _layer(site)
+        each = lambda layer: _norm_below(layer[0].body(), layer[1], one, scale)
+        return jax.lax.map(each, (led, pair))
+    w = w.dense() if isinstance(w, StandIn) else w
+    return _norm(w, pair['a'], pair['b'], _letters(site), scale)
+
+
 @partial(jax.jit, static_argnums=(3, 4), inline=True)
 def _norm(w: Array, a: Array, b: Array, letters: tuple[str, ...], scale: float) -> Array:
     """Norm of `w + scale * a @ b` over the inputs, from products of the size of the factors.
@@ -131,6 +141,13 @@ def _norm(w: Array, a: Array, b: Array, letters: tuple[str, ...], scale: float) 
     low = _sum(f'{stack}r{out},{stack}r{out}->{both}', inner, b)
     square = _square(w, letters) + 2 * scale * cross + scale**2 * low
     return jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def _layer(site: Site) -> Site:
+    """One layer of a site whose first axis is that of layers."""
+    later = lambda axes: tuple(axis - 1 for axis in axes if axis)
+    axes = {name: later(getattr(site, name)) for name in ('stack', 'inputs', 'outputs')}
+    return dataclasses.replace(site, shape=site.shape[1:], **axes)
 
 
 def _sum(spec: str, *terms: Array) -> Array:
