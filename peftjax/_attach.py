@@ -11,7 +11,7 @@ from peftjax._call import split
 from peftjax._chain import Chain
 from peftjax._discover import grown, sites
 from peftjax._method import Method
-from peftjax._peft import Peft, Served
+from peftjax._peft import Notes, Peft, Served
 from peftjax._shapes import shapes_of
 from peftjax._sites import Site, Sites
 from peftjax._types import ApplyFn, Array, Path, Phi, PyTree
@@ -25,7 +25,8 @@ def attach(
     Args:
       method: such as `pj.Lora(rank=8, target='q_proj|v_proj')`, or a `pj.chain` of several.
       apply_fn: `apply_fn(params, *args, **kwargs)`, any pure function.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read. Leaves
+        may be quantized (`pj.quantize`).
       *args: as for a call; arrays may be `jax.ShapeDtypeStruct`s, all else is static.
       **kwargs: likewise.
 
@@ -65,7 +66,8 @@ def attach(
     peft = Peft(method, tuple(chosen), shapes_of(params), passed=passed)
     phi = jax.eval_shape(lambda p: peft._fresh(jax.random.key(0), p), params)
     peft = dataclasses.replace(peft, phi=shapes_of(phi))
-    return dataclasses.replace(peft, served=_dry_run(peft, apply_fn, params, phi, args, kwargs))
+    notes = _dry_run(peft, apply_fn, params, phi, args, kwargs)
+    return dataclasses.replace(peft, served=_flat(notes.served), early=_flat(notes.early))
 
 
 def _passed(part: Method, found: Sites, chosen: Sequence[Site]) -> tuple[tuple[Path, str], ...]:
@@ -80,26 +82,28 @@ def _passed(part: Method, found: Sites, chosen: Sequence[Site]) -> tuple[tuple[P
     )
 
 
-def _dry_run(
-    peft: Peft, fn: ApplyFn, params: PyTree, phi: Phi, args: Any, kwargs: Any
-) -> tuple[tuple[Path, tuple[str, ...]], ...]:
+def _dry_run(peft: Peft, fn: ApplyFn, params: PyTree, phi: Phi, args: Any, kwargs: Any) -> Notes:
     """Traces the wrapped function once: errors come now, and each use says how it is served."""
-    served: Served = {}
+    notes = Notes()
     arrays, fill = split((args, kwargs))
 
     def run(params: PyTree, phi: Phi, arrays: Sequence[Array]) -> PyTree:
         full = fill(arrays)
-        return peft._call(fn, served, params, phi, None, *full)
+        return peft._call(fn, notes, params, phi, None, *full)
 
     jax.eval_shape(run, params, phi, arrays)
     for (_, part), chosen in zip(peft.method.parts, peft.sites, strict=True):
         for site in chosen:
-            if part.seam != 'leaf' and site.path not in served:
+            if part.seam != 'leaf' and site.path not in notes.served:
                 raise ValueError(
                     f'every target must be adapted; {type(part).__name__} does not reach '
                     f'{site.path!r} ({site.dense or site.kind}). Leave it out of the target'
                 )
-    return tuple((path, tuple(ways)) for path, ways in served.items())
+    return notes
+
+
+def _flat(noted: Served) -> tuple[tuple[Path, tuple[str, ...]], ...]:
+    return tuple((path, tuple(ways)) for path, ways in noted.items())
 
 
 def _check_order(parts: Sequence[Method], chosen: Sequence[tuple[Site, ...]]) -> None:

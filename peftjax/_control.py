@@ -35,6 +35,10 @@ class Frame(Protocol):
         """A value as an array."""
         ...
 
+    def solid(self, before: Any, after: Any, why: str) -> Any:
+        """`after`; notes it where a weight that was no array before has become one."""
+        ...
+
     def enter(self, jaxpr: Any, arguments: Sequence[Any], place: int, run: Any = None) -> list[Any]:
         """Evaluates an inner jaxpr."""
         ...
@@ -83,7 +87,9 @@ def _scan(frame: Frame, eqn: Any) -> Sequence[Any]:
     consts = [frame.settle(v) for v in eqn.invars[:n_consts]]
     carry, kept = _carried(frame, eqn, n_consts, jaxpr, n_consts, n_carry)
     xs = [frame.settle(v) for v in eqn.invars[n_consts + n_carry :]]
-    xs = [x.lead() if isinstance(x, StandIn) else x for x in xs]
+    xs = [
+        frame.solid(x, x.lead(), 'is sliced by scan') if isinstance(x, StandIn) else x for x in xs
+    ]
     named = frame.within(eqn)
     run = dataclasses.replace(frame.ctx, stack=(*frame.ctx.stack, length))
 
@@ -236,7 +242,12 @@ def _operands(jaxpr: Any, values: Sequence[Any], eqn: Any) -> list[Any]:
 def _shard_map(frame: Frame, eqn: Any) -> Sequence[Any]:
     params, recording = eqn.params, frame.ctx.recorder is not None
     values = [frame.settle(v) for v in eqn.invars]
-    values = [value.solid() if isinstance(value, StandIn) else value for value in values]
+    values = [
+        frame.solid(value, value.solid(), 'enters shard_map')
+        if isinstance(value, StandIn)
+        else value
+        for value in values
+    ]
     for value, spec in zip(values, params['in_specs'], strict=True):
         if isinstance(value, StandIn) and value.rule.deferred and any(spec) and not recording:
             raise ValueError(

@@ -36,8 +36,9 @@ class Dequantize(Rule):
         """The dimension where the last axis lies, if it is whole."""
         rows = [d for d, label in enumerate(view.dims) if self.last in label]
         (row,) = rows if len(rows) == 1 else (None,)
-        whole = row is not None and view.dims[row] == {self.last}
-        return row if whole and view.shape[row] == self.kind.width else None
+        if row is None or view.dims[row] != {self.last}:
+            return None
+        return row if view.shape[row] == self.kind.width else None
 
     def holds(self, view: StandIn) -> bool:
         """The last axis is whole, and nothing is repeated."""

@@ -33,6 +33,7 @@ class Run:
       recorder: notes sites, while they are discovered.
       places: paths of all named values, in the order of the trace.
       stack: lengths of the scans around.
+      early: for each leaf that had to become an array before its use, why; filled while running.
     """
 
     named: Mapping[Path, StandIn]
@@ -40,6 +41,7 @@ class Run:
     recorder: Recorder | None = None
     places: tuple[Path, ...] = ()
     stack: tuple[int, ...] = ()
+    early: dict[Path, dict[str, None]] = dataclasses.field(default_factory=dict)
 
 
 def evaluate(
@@ -135,7 +137,14 @@ class Frame:
         if isinstance(value.rule, Recorder):
             value.rule.elsewhere(value, why, value.shape)
         self.serve(value, f'dense: {why}')
-        return value.dense()
+        return self.solid(value, value.dense(), why)
+
+    def solid(self, before: Any, after: Any, why: str) -> Any:
+        """`after`; notes it where a weight that was no array before has become one."""
+        if isinstance(before, StandIn) and before.hollow:
+            if not (isinstance(after, StandIn) and after.hollow):
+                self.ctx.early.setdefault(before.path, {})[why] = None
+        return after
 
     def serve(self, view: Any, how: str) -> None:
         """Notes how a use of a stand-in, and of those below it, was served."""
@@ -230,7 +239,7 @@ class Frame:
             return self._split(eqn, first)
         layout = _equations.layout(name, eqn.params, first.dims, first.shape, index)
         moved = layout and first.move(layout, lambda w: _jaxprs.bind(eqn, [w, *index])[0])
-        return moved and [moved]
+        return moved and [self.solid(first, moved, f'enters {name}')]
 
     def _shifted(self, eqn: Any) -> Sequence[Any] | None:
         """While sites are discovered, `1 + w` still counts as the leaf."""

@@ -15,13 +15,26 @@ from peftjax._dequantize import stand
 from peftjax._interpret import Run, evaluate
 from peftjax._method import Method, float32
 from peftjax._pending import Companion
-from peftjax._quantized import is_quantized, whole
+from peftjax._quantized import Arrays, is_quantized
 from peftjax._shapes import Shape, differences, shapes_of
 from peftjax._sites import Site, table
 from peftjax._standin import StandIn, bare
 from peftjax._types import ApplyFn, Array, Forward, Path, Phi, PyTree
 
 Served = dict[Path, dict[str, None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What one evaluation notes, by path.
+
+    Attributes:
+      served: how the uses of an adapted weight are served.
+      early: why a quantized leaf is dequantized before its use.
+    """
+
+    served: Served = dataclasses.field(default_factory=dict)
+    early: Served = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Peft:
       phi: path, shape and dtype of each array of phi.
       served: for each adapted path, how its uses are served: `efficient`, or why dense.
       passed: for each part, the paths that its target finds and it does not adapt, and their kind.
+      early: the quantized leaves that are dequantized as a whole before their use, and why.
     """
 
     method: Method | Chain
@@ -43,6 +57,7 @@ class Peft:
     phi: tuple[Shape, ...] = ()
     served: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     passed: tuple[tuple[tuple[Path, str], ...], ...] = ()
+    early: tuple[tuple[Path, tuple[str, ...]], ...] = ()
 
     def init(self, key: Array, params: PyTree) -> Phi:
         """Makes a fresh phi.
@@ -77,7 +92,7 @@ class Peft:
             params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
         ) -> PyTree:
             """The wrapped function with the method in place."""
-            return self._call(fn, {}, params, phi, dropout_key, args, kwargs)
+            return self._call(fn, Notes(), params, phi, dropout_key, args, kwargs)
 
         return forward
 
@@ -94,7 +109,7 @@ class Peft:
           Parameters of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: a method has no place in the parameters; a leaf that would change is quantized.
+          ValueError: a method has no place in the parameters, or a leaf to change is quantized.
         """
         self._check_params(params)
         self._check_phi(phi)
@@ -146,7 +161,7 @@ class Peft:
 
     def _fresh(self, key: Array, params: PyTree) -> Phi:
         """`init` without a check."""
-        leaves = _Arrays(_paths.leaves(params))
+        leaves = Arrays(_paths.leaves(params))
         return _nested(
             (keys, part.init(mine, chosen, leaves))
             for (keys, part), chosen, mine in zip(
@@ -160,7 +175,7 @@ class Peft:
     def _call(
         self,
         fn: ApplyFn,
-        served: Served,
+        notes: Notes,
         params: PyTree,
         phi: Phi,
         key: Array | None,
@@ -176,8 +191,8 @@ class Peft:
             args, kwargs = room.extend(args, kwargs)
         call = Call(fn, params, args, kwargs)
         leaves, named = self._bound(call.leaves, phi, key)
-        outs = evaluate(call.flat, leaves, call.inputs, Run(named, served))
-        self._check_reached(served)
+        outs = evaluate(call.flat, leaves, call.inputs, Run(named, notes.served, early=notes.early))
+        self._check_reached(notes.served)
         result = jax.tree.unflatten(call.out, outs)
         for room, shape in zip(rooms[::-1], shapes[::-1], strict=True):
             result = _virtual.shorten(room, shape, result)
@@ -251,7 +266,8 @@ class Peft:
         total = sum(math.prod(shape) for _, shape, _ in self.leaves)
         percent = 100 * self.count() / total
         text = f'{table(head, rows)}\ntotal: {self.count():,} trained, {percent:.3g} % of {total:,}'
-        return '\n'.join([text, *self._passed_over()])
+        early = (f'dequantized before its use: {p} ({", ".join(why)})' for p, why in self.early)
+        return '\n'.join([text, *self._passed_over(), *early])
 
     def _passed_over(self) -> Iterator[str]:
         """A line for each part whose target finds more than it adapts."""
@@ -263,22 +279,6 @@ class Peft:
                 found = ', '.join(f'{len(p)} {kind} ({p[0]}{" …" * (len(p) > 1)})'
                                   for kind, p in kinds.items())  # fmt: skip
                 yield f'{type(part).__name__} passes over what its target finds: {found}'
-
-
-class _Arrays(Mapping[Path, Array]):
-    """Leaves as arrays: a quantized one is dequantized when a method looks at it."""
-
-    def __init__(self, leaves: Mapping[Path, Any]):
-        self._leaves = leaves
-
-    def __getitem__(self, path: Path) -> Array:
-        return whole(self._leaves[path])
-
-    def __iter__(self) -> Iterator[Path]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
 
 
 def _at(phi: Phi, keys: Sequence[str]) -> Any:

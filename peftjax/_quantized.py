@@ -7,16 +7,17 @@ table) can be sliced, looked up and sharded as those of the weight.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import _codes
-from peftjax._types import Array, PyTree
+from peftjax._types import Array, Path, PyTree
 
 
 @functools.partial(
@@ -65,9 +66,7 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales together."""
-        return sum(
-            math.prod(part.shape) * part.dtype.itemsize for part in self.parts.values()
-        )
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts.values())
 
     @property
     def parts(self) -> dict[str, Array]:
@@ -75,7 +74,7 @@ class Quantized:
         named = {'codes': self.codes, 'scales': self.scales, 'steps': self.steps}
         return {name: array for name, array in named.items() if array is not None}
 
-    def made_of(self, parts: dict[str, Array]) -> 'Quantized':
+    def made_of(self, parts: Mapping[str, Any]) -> 'Quantized':
         """Another part of a weight, or one moved, quantized in the same way."""
         return dataclasses.replace(self, **{'steps': None, **parts})
 
@@ -188,7 +187,7 @@ class Scheme:
 
     def _compiled(self, w: Any, shapes: Quantized) -> Callable[..., Quantized]:
         """The rounding as one program, which keeps a sharded weight where it is."""
-        where = None if isinstance(w, jax.core.Tracer) else getattr(w, 'sharding', None)
+        where = None if isinstance(w, Tracer) else getattr(w, 'sharding', None)
         if not isinstance(where, NamedSharding):
             return _encoded_at_once
         return jax.jit(_encoded, static_argnums=0, out_shardings=shapes.shardings(where))
@@ -237,6 +236,22 @@ def is_quantized(leaf: Any) -> bool:
 def whole(leaf: Any) -> Any:
     """A leaf as an array, quantized or not."""
     return leaf.dequantize() if isinstance(leaf, Quantized) else leaf
+
+
+class Arrays(Mapping[Path, Array]):
+    """Leaves as arrays: a quantized one is dequantized when a method looks at it."""
+
+    def __init__(self, leaves: Mapping[Path, Any]):
+        self._leaves = leaves
+
+    def __getitem__(self, path: Path) -> Array:
+        return whole(self._leaves[path])
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
 def dequantize(params: PyTree) -> PyTree:

@@ -71,8 +71,8 @@ class StandIn:
     weight alone. `rule` knows what happens at the use; the stand-in only knows the geometry.
 
     Attributes:
-      w: the weight as it stands now, or the stand-in of the method below; `None` at a named value; a
-        `Hole` where the rule makes the weight of the factors alone.
+      w: the weight as it stands now, or the stand-in of the method below; `None` at a named value,
+        a `Hole` where the rule makes the weight of the factors alone.
       laid: the factors as they lie in memory.
       dims: for each current dimension of the weight, the leaf axes that it is made of.
       spans: for each factor, the leaf axes that it depends on.
@@ -177,6 +177,11 @@ class StandIn:
             for name, order in self.orders
         )
         return dataclasses.replace(self, w=below, dims=self.dims[1:], orders=orders)
+
+    @property
+    def hollow(self) -> bool:
+        """Whether the weight at the bottom is no array."""
+        return self.w.hollow if isinstance(self.w, StandIn) else isinstance(self.w, Hole)
 
     def solid(self) -> 'StandIn | Array':
         """The same over arrays: what is made of factors alone is made now."""
