@@ -1,4 +1,4 @@
-"""Flax encoders (BERT and RoBERTa families) and loading of their Hugging Face checkpoints.
+"""Flax encoders (BERT, RoBERTa) and decoder language models, loaded from Hugging Face checkpoints.
 
 This wing knows nothing of fine-tuning: a model here is an ordinary linen module, and
 `model.apply_fn(params, input_ids, ...)` an ordinary function of its parameters.
@@ -6,15 +6,22 @@ This wing knows nothing of fine-tuning: a model here is an ordinary linen module
 
 from peftjax.models._attention import attention as attention
 from peftjax.models._attention import plain_attention as plain_attention
-from peftjax.models._config import SAVED as SAVED
-from peftjax.models._config import Compute as Compute
+from peftjax.models._cache import Cache as Cache
+from peftjax.models._compute import SAVED as SAVED
+from peftjax.models._compute import Compute as Compute
 from peftjax.models._config import EncoderConfig as EncoderConfig
 from peftjax.models._config import read_config as read_config
+from peftjax.models._decoder import Decoder as Decoder
+from peftjax.models._decoder import HeadWeight as HeadWeight
+from peftjax.models._decoder_config import DecoderConfig as DecoderConfig
 from peftjax.models._encoder import Encoder as Encoder
 from peftjax.models._encoder import SequenceClassifier as SequenceClassifier
 from peftjax.models._encoder import mean_pool as mean_pool
+from peftjax.models._families import read_decoder_config as read_decoder_config
 from peftjax.models._hub import default_model_path as default_model_path
 from peftjax.models._load import Loaded as Loaded
 from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes
+from peftjax.models._load_decoder import LoadedDecoder as LoadedDecoder
+from peftjax.models._load_decoder import load_decoder as load_decoder
 from peftjax.models._tokenizer import load_tokenizer as load_tokenizer

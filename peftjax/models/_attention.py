@@ -22,16 +22,22 @@ def plain_attention(
     mask: jax.Array | None = None,
     kept: jax.Array | None = None,
     rate: float = 0.0,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """Bidirectional scaled dot-product attention, as the formula reads.
+    """Scaled dot-product attention, as the formula reads.
 
     Args:
       query: `(batch, tokens, heads, head_dim)`.
-      key: `(batch, keys, heads, head_dim)`.
+      key: `(batch, keys, kv_heads, head_dim)`; `heads` is a multiple of `kv_heads`.
       value: as `key`.
-      mask: bool `(batch, keys)`, True at the keys to attend to. None attends to all.
+      mask: bool `(batch, keys)` or `(batch, tokens, keys)`, True at the keys to attend to. None
+        attends to all.
       kept: bool `(batch, heads, tokens, keys)`, True at the attention weights that dropout keeps.
       rate: of that dropout; what is kept is divided by `1 - rate`.
+      scale: of the scores; None is `head_dim ** -0.5`.
+      soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`.
 
     Returns:
       `(batch, tokens, heads, head_dim)` of the dtype of `value`. Softmax is float32.
@@ -41,14 +47,19 @@ def plain_attention(
       >>> plain_attention(x, x, x).shape
       (1, 3, 2, 4)
 
-    Reference: Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762, section 3.2.1.
+    Reference: Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762, section 3.2.1;
+    groups of heads: Ainslie et al., GQA, 2023, arXiv:2305.13245.
     """
-    scale = query.shape[-1] ** -0.5
-    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32) * scale
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = (_swap(x) for x in (query, key, value))
+    scores = _apart(_matmul_t(_together(query, key), key) * scale, query)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     if mask is not None:
         scores = scores + _bias(mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum('bhqk,bkhd->bqhd', _only(kept, weights), _grown(value, rate))
+    mixed = _matmul(_together(_only(kept, weights), key), _grown(value, rate)).astype(value.dtype)
+    return _swap(_apart(mixed, query))
 
 
 def attention(
@@ -58,6 +69,8 @@ def attention(
     mask: jax.Array | None = None,
     kept: jax.Array | None = None,
     rate: float = 0.0,
+    *,
+    scale: float | None = None,
 ) -> jax.Array:
     """`plain_attention` with a hand-written backward pass; reverse mode only, of any order.
 
@@ -66,11 +79,13 @@ def attention(
 
     Args:
       query: `(batch, tokens, heads, head_dim)`.
-      key: `(batch, keys, heads, head_dim)`.
+      key: `(batch, keys, kv_heads, head_dim)`; `heads` is a multiple of `kv_heads`.
       value: as `key`.
-      mask: bool `(batch, keys)`, True at the keys to attend to. None attends to all.
+      mask: bool `(batch, keys)` or `(batch, tokens, keys)`, True at the keys to attend to. None
+        attends to all.
       kept: as in `plain_attention`.
       rate: as in `plain_attention`.
+      scale: of the scores; None is `head_dim ** -0.5`.
 
     Returns:
       `(batch, tokens, heads, head_dim)` of the dtype of `value`.
@@ -80,15 +95,30 @@ def attention(
       >>> bool(jnp.allclose(attention(x, x, x), plain_attention(x, x, x), atol=1e-6))
       True
     """
-    bias = None if mask is None else _bias(mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (_swap(x) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5
-    query = query * jnp.asarray(scale, query.dtype)
-    return _swap(_core(query, key, _grown(value, rate), bias, kept))
+    bias = None if mask is None else _bias(mask)
+    groups = query.shape[1] // key.shape[1]
+    if bias is not None and bias.shape[2] > 1:
+        bias = jnp.tile(bias, (1, 1, groups, 1))
+    kept = None if kept is None else _together(kept, key)
+    scaled = _together(query * jnp.asarray(scale, query.dtype), key)
+    return _swap(_apart(_core(scaled, key, _grown(value, rate), bias, kept), query))
 
 
 def _bias(mask: Array) -> Array:
-    return jnp.where(mask, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]
+    mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
+    return jnp.where(mask, 0.0, _MASKED).astype(jnp.float32)
+
+
+def _together(x: Array, key: Array) -> Array:
+    """Heads that share a key's lie one after the other: `(batch, kv_heads, group * tokens, _)`."""
+    return x.reshape(x.shape[0], key.shape[1], -1, x.shape[-1])
+
+
+def _apart(x: Array, query: Array) -> Array:
+    """The reverse, heads and tokens as in a query `(batch, heads, tokens, head_dim)`."""
+    return x.reshape(*query.shape[:3], x.shape[-1])
 
 
 def _only(kept: Array | None, weights: Array) -> Array:
@@ -111,12 +141,12 @@ def _turn(x: Array) -> Array:
 
 
 def _matmul(lhs: Array, rhs: Array) -> Array:
-    """`lhs @ rhs` per sentence and head, summed in float32."""
+    """`lhs @ rhs` per sentence and key head, summed in float32."""
     return _product(lhs, rhs, 2)
 
 
 def _matmul_t(lhs: Array, rhs: Array) -> Array:
-    """`lhs @ rhs^T` per sentence and head, summed in float32."""
+    """`lhs @ rhs^T` per sentence and key head, summed in float32."""
     return _product(lhs, rhs, 3)
 
 

@@ -6,9 +6,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.models._activations import ACTIVATIONS
 from peftjax.models._attention import attention, plain_attention
-from peftjax.models._config import Compute, EncoderConfig
+from peftjax.models._compute import Compute
+from peftjax.models._config import EncoderConfig
 from peftjax.models._dropout import Dropout, keep
 from peftjax.models._layers import LayerNorm, linear
+from peftjax.models._stack import stack
 
 
 class _SelfAttention(nn.Module):
@@ -21,7 +23,7 @@ class _SelfAttention(nn.Module):
         heads = (config.num_attention_heads, config.head_dim)
 
         def project(name):
-            y = linear(config.hidden_size, config, self.compute, name)(x)
+            y = linear(config.hidden_size, config.initializer_range, self.compute, name)(x)
             return checkpoint_name(y.reshape(*x.shape[:-1], *heads), name)
 
         query, key, value = project('query'), project('key'), project('value')
@@ -45,7 +47,7 @@ class _Output(nn.Module):
     @nn.compact
     def __call__(self, x, residual, deterministic):
         config = self.config
-        y = linear(config.hidden_size, config, self.compute, 'dense')(x)
+        y = linear(config.hidden_size, config.initializer_range, self.compute, 'dense')(x)
         y = Dropout(config.hidden_dropout_prob)(y, deterministic)
         y = checkpoint_name(y, self.output_name)
         y = LayerNorm(config.layer_norm_eps, self.compute, name='LayerNorm')(y + residual)
@@ -71,7 +73,7 @@ class _Intermediate(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        y = linear(config.intermediate_size, config, self.compute, 'dense')(x)
+        y = linear(config.intermediate_size, config.initializer_range, self.compute, 'dense')(x)
         return ACTIVATIONS[config.hidden_act](checkpoint_name(y, 'up'))
 
 
@@ -88,39 +90,26 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, deterministic: bool
+        self, x: jax.Array, layer: None, mask: jax.Array | None, deterministic: bool
     ) -> tuple[jax.Array, None]:
         """Applies the block.
 
         Args:
           x: `(batch, tokens, hidden_size)`.
+          layer: nothing; layers of an encoder differ in their parameters alone.
           mask: bool `(batch, tokens)`, True at the tokens to attend to, or None.
           deterministic: False drops out.
 
         Returns:
           The new residual stream and None, the pair that a scan's body returns.
         """
+        del layer
         config, compute = self.config, self.compute
         x = _Attention(config, compute, name='attention')(x, mask, deterministic)
         inner = _Intermediate(config, compute, name='intermediate')(x)
         names = ('mlp_output', 'mlp_residual')
         output = _Output(config, compute, *names, name='output')
         return output(inner, x, deterministic), None
-
-
-class _Unrolled(nn.Module):
-    """The blocks `0`, `1`, … one after the other."""
-
-    block: type[nn.Module]
-    config: EncoderConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x, mask, deterministic):
-        for index in range(self.config.num_hidden_layers):
-            block = self.block(self.config, self.compute, name=str(index))
-            x, _ = block(x, mask, deterministic)
-        return x, None
 
 
 class Stack(nn.Module):
@@ -147,22 +136,6 @@ class Stack(nn.Module):
           Hidden states of the last block, of the shape of `x`.
         """
         config, compute = self.config, self.compute
-        block = Block
-        if compute.save is not None:
-            policy = jax.checkpoint_policies.save_only_these_names(*compute.save)
-            # The scan is a barrier of its own; without one, merging of equal subexpressions
-            # would undo the recomputation.
-            block = nn.remat(
-                Block, policy=policy, static_argnums=(3,), prevent_cse=not compute.scan_layers
-            )
-        if compute.scan_layers:
-            layer = nn.scan(
-                block,
-                variable_axes={'params': 0},
-                split_rngs={'params': True, 'dropout': True},
-                in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-                length=config.num_hidden_layers,
-            )(config, compute, name='layer')
-        else:
-            layer = _Unrolled(block, config, compute, name='layer')
-        return layer(x, mask, deterministic)[0]
+        length = config.num_hidden_layers
+        layers = stack(Block, config, compute, length, shared=2, name='layer', static=(1,))
+        return layers(x, None, mask, deterministic)[0]

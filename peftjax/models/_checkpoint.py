@@ -51,6 +51,18 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._readers)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A rectangle of a tensor; the rest of it is not read.
+
+        Args:
+          name: stored name.
+          index: of step one, for each axis.
+
+        Returns:
+          The part.
+        """
+        return self._readers[name].get_slice(name)[index] if index else self[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the file's header alone.
 

@@ -1,20 +1,12 @@
-"""What a BERT or RoBERTa checkpoint says about its own shape, and how it is to be computed."""
+"""What a BERT or RoBERTa checkpoint says about its own shape."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
-
 from peftjax.models._activations import ACTIVATIONS
 
 ModelType = Literal['bert', 'roberta']
-AttentionForm = Literal['fused', 'plain']
-
-SAVED = ('query', 'key', 'value', 'up', 'attention_output', 'mlp_output')
-"""What a gradient keeps of each block unless told otherwise: results of large products. What lies
-between them is cheaper to compute again than to write to memory and read back."""
 
 _PAD_TOKEN_ID = {'bert': 0, 'roberta': 1}
 
@@ -145,37 +137,3 @@ def read_config(fields: Mapping[str, Any]) -> EncoderConfig:
     if 'id2label' in fields and 'num_labels' not in taken:
         taken['num_labels'] = len(fields['id2label'])
     return EncoderConfig(**taken)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How an encoder is computed; none of it changes what is computed.
-
-    Attributes:
-      scan_layers: True: one block under `jax.lax.scan`, leaves of `encoder/layer` with a leading
-        layer axis. False: unrolled blocks `encoder/layer/0`, `encoder/layer/1`, ….
-      dtype: dtype of activations and products. Softmax, norms and GELU are float32 inside.
-      param_dtype: dtype of freshly initialized parameters.
-      attention: `'fused'`, or `'plain'` for code that needs forward-mode derivatives (`jax.jvp`).
-      save: names of values; a gradient keeps only those of each block and computes the rest again.
-        None keeps whatever the gradient needs.
-
-    Raises:
-      ValueError: `attention` is neither.
-
-    Example:
-      >>> Compute(scan_layers=False).attention
-      'fused'
-    """
-
-    scan_layers: bool = True
-    dtype: jax.typing.DTypeLike = jnp.float32
-    param_dtype: jax.typing.DTypeLike = jnp.float32
-    attention: AttentionForm = 'fused'
-    save: tuple[str, ...] | None = SAVED
-
-    def __post_init__(self):
-        if self.attention not in get_args(AttentionForm):
-            raise ValueError(
-                f'attention must be one of {get_args(AttentionForm)}, got {self.attention!r}.'
-            )

@@ -9,7 +9,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.models._block import Stack
-from peftjax.models._config import Compute, EncoderConfig
+from peftjax.models._compute import Compute
+from peftjax.models._config import EncoderConfig
 from peftjax.models._dropout import Dropout
 from peftjax.models._layers import Embedding, LayerNorm, linear
 
@@ -51,7 +52,8 @@ class Embeddings(nn.Module):
             position_ids = count_positions(config, input_ids)
 
         def look_up(name, rows, ids):
-            return Embedding(rows, config, compute, name=name)(ids)
+            width, deviation = config.hidden_size, config.initializer_range
+            return Embedding(rows, width, deviation, compute, name=name)(ids)
 
         x = look_up('word_embeddings', config.vocab_size, input_ids)
         x = x + look_up('token_type_embeddings', config.type_vocab_size, token_type_ids)
@@ -116,7 +118,9 @@ class _Pooler(nn.Module):
 
     @nn.compact
     def __call__(self, hidden):
-        dense = linear(self.config.hidden_size, self.config, self.compute, 'dense')
+        dense = linear(
+            self.config.hidden_size, self.config.initializer_range, self.compute, 'dense'
+        )
         return jnp.tanh(dense(hidden[:, 0]))
 
 
@@ -220,11 +224,11 @@ class _RobertaHead(nn.Module):
     @nn.compact
     def __call__(self, hidden, deterministic):
         config = self.config
-        drop = Dropout(config.head_dropout)
+        drop, deviation = Dropout(config.head_dropout), config.initializer_range
         first = drop(hidden[:, 0], deterministic)
-        x = linear(config.hidden_size, config, self.compute, 'dense')(first)
+        x = linear(config.hidden_size, deviation, self.compute, 'dense')(first)
         x = drop(jnp.tanh(x), deterministic)
-        return linear(config.num_labels, config, self.compute, 'out_proj')(x)
+        return linear(config.num_labels, deviation, self.compute, 'out_proj')(x)
 
 
 class SequenceClassifier(nn.Module):
@@ -286,7 +290,7 @@ class SequenceClassifier(nn.Module):
         else:
             vector = mean_pool(encoder(*inputs), attention_mask if pool_mask is None else pool_mask)
         vector = Dropout(config.head_dropout)(vector, deterministic)
-        return linear(config.num_labels, config, compute, 'classifier')(vector)
+        return linear(config.num_labels, config.initializer_range, compute, 'classifier')(vector)
 
     @nn.nowrap
     def apply_fn(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> jax.Array:

@@ -1,22 +1,21 @@
 """From a Hugging Face folder to a model and its parameters."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from peftjax.models._checkpoint import Checkpoint, read_json
-from peftjax.models._config import SAVED, AttentionForm, Compute, EncoderConfig, read_config
+from peftjax.models._compute import SAVED, AttentionForm, Compute
+from peftjax.models._config import EncoderConfig, read_config
 from peftjax.models._encoder import Encoder, SequenceClassifier
+from peftjax.models._fill import ShardingOf, by_path, fill, match
 from peftjax.models._hub import model_folder
-from peftjax.models._names import HEADS, Source, source, stored_names
+from peftjax.models._names import Naming, source
 
 Head = Literal['pooler', 'classifier', 'mean']
-ShardingOf = Callable[[str], jax.sharding.Sharding | None]
 
 
 class Loaded(NamedTuple):
@@ -99,17 +98,21 @@ def load_encoder(
         else Encoder(config, compute)
     )
     shapes = parameter_shapes(model, pooled=head == 'pooler')
-    checkpoint = Checkpoint(folder)
-    plan = _plan(shapes, checkpoint, config, drawing=key is not None)
-    params: dict[str, Any] = {}
-    for path, shape in shapes.items():
-        if path in plan.fresh:
-            assert key is not None
-            value = _draw(jax.random.fold_in(key, plan.fresh.index(path)), path, shape, config)
-        else:
-            value = _read(checkpoint, plan.stored, plan.sources[path], shape, dtype)
-        where = sharding(path) if sharding else None
-        _insert(params, path, jax.device_put(value, where, may_alias=True))
+    naming = encoder_naming(config)
+    plan = match(
+        shapes,
+        Checkpoint(folder),
+        naming,
+        fresh=lambda stored: () if key is None else _drawn(shapes, naming, stored),
+        hint='A missing head is drawn when key=... is given; else config.json and weights belong '
+        'to different models.',
+    )
+
+    def draw(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        assert key is not None
+        return _draw(jax.random.fold_in(key, plan.fresh.index(path)), path, shape, config)
+
+    params = fill(shapes, plan, sharding, draw)
     return Loaded(model, params, config, plan.fresh, plan.unused)
 
 
@@ -128,100 +131,32 @@ def parameter_shapes(
     method = 'pooled' if pooled else '__call__'
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     init = lambda key, ids: model.init(key, ids, method=method)
-    tree = jax.eval_shape(init, jax.random.key(0), ids)['params']
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
+    return by_path(jax.eval_shape(init, jax.random.key(0), ids)['params'])
 
 
-class _Plan(NamedTuple):
-    sources: dict[str, Source]
-    stored: dict[str, str]
-    fresh: tuple[str, ...]
-    unused: tuple[str, ...]
+def encoder_naming(config: EncoderConfig) -> Naming:
+    """How the tensors of BERT's and RoBERTa's checkpoints are named.
 
+    Args:
+      config: family and number of layers.
 
-def _plan(
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    checkpoint: Checkpoint,
-    config: EncoderConfig,
-    drawing: bool,
-) -> _Plan:
-    """Matches parameters and tensors both ways; refuses what does not fit, by name."""
-    family = config.model_type
-    stored = stored_names(checkpoint, family)
-    sources = {path: source(path, config.num_hidden_layers, family) for path in shapes}
-    fresh = tuple(p for p in shapes if drawing and _is_drawn(p, sources, stored))
-    read = {p: s for p, s in sources.items() if p not in fresh}
-    unfilled = [n for s in read.values() for n in s.names if n not in stored]
-    wanted = {name for s in read.values() for name in s.names}
-    left = [name for name in stored if name not in wanted]
-    own = {s.names[0].split('.', 1)[0] for s in read.values()}
-    refused = [n for n in left if n.split('.', 1)[0] not in HEADS or n.split('.', 1)[0] in own]
-    if unfilled or refused:
-        raise ValueError(
-            f'cannot load {family} from {checkpoint.folder}: every parameter must be filled and '
-            f'every tensor used. {len(unfilled)} parameters were not filled{_some(unfilled)}, '
-            f'{len(refused)} tensors were not used{_some([stored[n] for n in refused])}. '
-            'A missing head is drawn when key=... is given; else config.json and weights '
-            'belong to different models.'
-        )
-    for path, origin in read.items():
-        _check_shape(path, shapes[path].shape, origin, checkpoint, stored)
-    return _Plan(read, stored, fresh, tuple(stored[n] for n in left))
-
-
-def _is_drawn(path: str, sources: Mapping[str, Source], stored: Mapping[str, str]) -> bool:
-    """True for the classifier, and for a pooler of which the checkpoint holds nothing."""
-    part = sources[path].names[0].split('.', 1)[0]
-    return part == 'classifier' or (
-        part == 'pooler' and not any(name.startswith('pooler.') for name in stored)
+    Returns:
+      The naming.
+    """
+    return Naming(
+        prefix=config.model_type,
+        stacks={'layer': config.num_hidden_layers},
+        heads=('pooler', 'classifier', 'cls', 'lm_head', 'qa_outputs'),
+        buffers=r'embeddings\.(position_ids|token_type_ids)$',
     )
 
 
-def _some(names: list[str]) -> str:
-    return f' ({", ".join(names[:5])}{", …" if len(names) > 5 else ""})' if names else ''
-
-
-def _check_shape(
-    path: str,
-    shape: tuple[int, ...],
-    origin: Source,
-    checkpoint: Checkpoint,
-    stored: Mapping[str, str],
-) -> None:
-    expected = shape[1:] if origin.stacked else shape
-    expected = expected[::-1] if origin.transposed else expected
-    for name in origin.names:
-        received = checkpoint.shape(stored[name])
-        if received != expected:
-            raise ValueError(
-                f'{path} needs {stored[name]!r} of shape {expected}, the checkpoint has '
-                f'{received}. config.json and weights must agree; a classifier of another width '
-                'is drawn when key=... is given.'
-            )
-
-
-def _read(
-    checkpoint: Checkpoint,
-    stored: Mapping[str, str],
-    origin: Source,
-    shape: jax.ShapeDtypeStruct,
-    dtype: jax.typing.DTypeLike,
-) -> np.ndarray:
-    """Fills one parameter, tensor by tensor."""
-    value = _aligned(shape.shape, np.dtype(dtype))
-    for slot, name in zip(value if origin.stacked else [value], origin.names, strict=True):
-        tensor = checkpoint[stored[name]]
-        np.copyto(slot, tensor.T if origin.transposed else tensor, casting='unsafe')
-    return value
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts on a cache line: a CPU device takes it over without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+def _drawn(paths: Iterable[str], naming: Naming, stored: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of the classifier, and of a pooler of which the checkpoint holds nothing."""
+    has_pooler = any(name.startswith('pooler.') for name in stored)
+    heads = ('classifier',) if has_pooler else ('classifier', 'pooler')
+    part = lambda path: source(path, naming).names[0].split('.', 1)[0]
+    return tuple(path for path in paths if part(path) in heads)
 
 
 def _draw(
@@ -232,10 +167,3 @@ def _draw(
         draw = jax.random.normal(key, shape.shape, jnp.float32) * config.initializer_range
         return draw.astype(shape.dtype)
     return jnp.zeros(shape.shape, shape.dtype)
-
-
-def _insert(tree: dict[str, Any], path: str, value: jax.Array) -> None:
-    *parents, leaf = path.split('/')
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[leaf] = value

@@ -1,48 +1,64 @@
 """Which tensors of a Hugging Face checkpoint fill which parameter.
 
 The rule is one table: a parameter's path with dots for slashes is the tensor's name, and the last
-part translates by `LEAVES`. Old spellings and prefixes are brought to one form before.
+part translates by `LEAVES`. What families have of their own is a `Naming`; old spellings and
+prefixes are brought to one form before.
 """
 
+import dataclasses
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
-"""Flax leaf name -> PyTorch parameter name. A `kernel` is stored transposed."""
+"""Flax leaf name -> PyTorch parameter name."""
 
 OLD_SPELLINGS = ((r'\.gamma$', '.weight'), (r'\.beta$', '.bias'))
 """Names of TensorFlow's BERT, still found in old checkpoints."""
 
-BUFFERS = r'embeddings\.(position_ids|token_type_ids)$'
-"""Tensors that are constants of the model, not parameters."""
 
-HEADS = ('pooler', 'classifier', 'cls', 'lm_head', 'qa_outputs')
-"""First part of the names that a target without that head may leave unused."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Naming:
+    """How the tensors of a family's checkpoints are named and laid out.
 
-_STACK = 'encoder/layer/'
+    Attributes:
+      prefix: first part of the names, which a checkpoint may or may not have.
+      stacks: modules of which there are several, numbered in the checkpoint, and how many.
+      transposed: True: a `kernel (in, out)` is stored as `(out, in)`.
+      heads: first part of the names that a target without that head may leave unused.
+      buffers: regex of the tensors that are constants of the model, not parameters.
+      twins: names that may be stored beside another of the same content: a tied head.
+    """
+
+    prefix: str
+    stacks: Mapping[str, int]
+    transposed: bool = True
+    heads: tuple[str, ...] = ()
+    buffers: str | None = None
+    twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Source(NamedTuple):
     """Where one parameter comes from.
 
     Attributes:
-      names: canonical tensor names, one per stacked layer.
-      stacked: True: the tensors are the slices of the leaf along its first axis.
+      names: canonical tensor names, in the order of the slices that they fill.
+      stack: sizes of the leading axes of the leaf, of which each tensor is one slice.
       transposed: True: each tensor is `(out, in)`, the leaf `(in, out)`.
     """
 
     names: tuple[str, ...]
-    stacked: bool
+    stack: tuple[int, ...]
     transposed: bool
 
 
-def canonical(name: str, model_type: str) -> str:
+def canonical(name: str, prefix: str) -> str:
     """Name without the family's prefix, in today's spelling.
 
     Args:
       name: as stored, or a parameter path with dots.
-      model_type: the prefix that a checkpoint may or may not have.
+      prefix: that a checkpoint may or may not have.
 
     Returns:
       The canonical name.
@@ -53,38 +69,42 @@ def canonical(name: str, model_type: str) -> str:
     """
     for old, new in OLD_SPELLINGS:
         name = re.sub(old, new, name)
-    return name.removeprefix(f'{model_type}.')
+    return name.removeprefix(f'{prefix}.')
 
 
-def source(path: str, length: int, model_type: str) -> Source:
+def source(path: str, naming: Naming) -> Source:
     """The tensors that fill the parameter at `path`.
 
     Args:
       path: with slashes, e.g. `bert/encoder/layer/attention/self/query/kernel`.
-      length: number of layers, where layers are scanned.
-      model_type: prefix to drop.
+      naming: of the family.
 
     Returns:
       Names and layout.
 
     Example:
-      >>> source('bert/encoder/layer/output/dense/kernel', 2, 'bert').names
+      >>> naming = Naming(prefix='bert', stacks={'layer': 2})
+      >>> source('bert/encoder/layer/output/dense/kernel', naming).names
       ('encoder.layer.0.output.dense.weight', 'encoder.layer.1.output.dense.weight')
     """
-    parent, leaf = path.rsplit('/', 1)
-    name = canonical(f'{parent}/{LEAVES[leaf]}'.replace('/', '.'), model_type)
-    start, stack, rest = name.partition(_STACK.replace('/', '.'))
-    stacked = bool(stack) and not rest.split('.', 1)[0].isdigit()
-    names = tuple(f'{start}{stack}{i}.{rest}' for i in range(length)) if stacked else (name,)
-    return Source(names, stacked, leaf == 'kernel')
+    *parts, leaf = path.split('/')
+    pattern, stack = [], []
+    for part, after in itertools.zip_longest(parts, parts[1:], fillvalue=''):
+        pattern.append(part)
+        if part in naming.stacks and not after.isdigit():
+            pattern.append('{}')
+            stack.append(naming.stacks[part])
+    name = canonical('.'.join([*pattern, LEAVES[leaf]]), naming.prefix)
+    names = tuple(name.format(*at) for at in itertools.product(*map(range, stack)))
+    return Source(names, tuple(stack), leaf == 'kernel' and naming.transposed)
 
 
-def stored_names(names: Iterable[str], model_type: str) -> dict[str, str]:
+def stored_names(names: Iterable[str], naming: Naming) -> dict[str, str]:
     """Canonical name -> stored name, without the buffers.
 
     Args:
       names: as stored.
-      model_type: prefix to drop.
+      naming: of the family.
 
     Returns:
       The table.
@@ -94,9 +114,9 @@ def stored_names(names: Iterable[str], model_type: str) -> dict[str, str]:
     """
     table: dict[str, str] = {}
     for name in names:
-        if re.search(BUFFERS, name):
+        if naming.buffers is not None and re.search(naming.buffers, name):
             continue
-        twin = table.setdefault(canonical(name, model_type), name)
+        twin = table.setdefault(canonical(name, naming.prefix), name)
         if twin != name:
             raise ValueError(
                 f'a checkpoint must hold each parameter once; {twin!r} and {name!r} are the same. '

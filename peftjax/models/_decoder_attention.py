@@ -1,0 +1,153 @@
+"""Self-attention of a decoder: projections, rotation, cache, and the kernel of the backend."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from peftjax.models._attention import attention, plain_attention
+from peftjax.models._compute import Compute
+from peftjax.models._decoder_config import Attention, DecoderConfig
+from peftjax.models._layers import RmsNorm, linear
+from peftjax.models._rope import rotate
+from peftjax.models._sight import Sight, causal_mask
+
+Array = jax.Array
+Store = tuple[Array, Array] | None
+"""Keys and values of all layers in a cache."""
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention.
+
+    Attributes:
+      config: shape and names.
+      compute: dtypes and the form of attention.
+    """
+
+    config: DecoderConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: Array, sight: Sight, store: Store, place: tuple[Array, Array | None]
+    ) -> tuple[Array, Store]:
+        """Mixes tokens.
+
+        Args:
+          x: `(batch, tokens, hidden_size)`.
+          sight: of this kind of layer.
+          store: keys and values of a cache, or None.
+          place: index of the layer, and of the first slot to fill in a cache.
+
+        Returns:
+          Array of the shape of `x`, and the store with the tokens' keys and values.
+        """
+        config, compute = self.config, self.compute
+        query, key, value = self._project(x)
+        if sight.turn is not None:
+            query, key = rotate(query, sight.turn), rotate(key, sight.turn)
+        query = checkpoint_name(query, 'query')
+        key = checkpoint_name(key, 'key')
+        value = checkpoint_name(value, 'value')
+        if store is not None:
+            store, key, value = _remember(store, key, value, place)
+        mixed = attend(query, key, value, sight, config.attention, compute)
+        mixed = checkpoint_name(mixed.reshape(*x.shape[:-1], -1), 'context')
+        bias = config.attention.output_bias
+        output = linear(
+            config.hidden_size, config.initializer_range, compute, config.names.output, bias=bias
+        )
+        return output(mixed), store
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values `(batch, tokens, heads, head_dim)`."""
+        config, names = self.config, self.config.names
+        shape = config.attention
+        heads = {names.query: shape.heads, names.key: shape.kv_heads, names.value: shape.kv_heads}
+        widths = [count * shape.head_dim for count in heads.values()]
+
+        def product(width: int, name: str) -> Array:
+            deviation = config.initializer_range
+            return linear(width, deviation, self.compute, name, bias=shape.bias)(x)
+
+        if names.query_key_value is None:
+            parts = [product(width, name) for width, name in zip(widths, heads, strict=True)]
+        else:
+            whole = product(sum(widths), names.query_key_value)
+            parts = jnp.split(whole, (widths[0], widths[0] + widths[1]), axis=-1)
+        query, key, value = (
+            part.reshape(*x.shape[:-1], count, shape.head_dim)
+            for part, count in zip(parts, heads.values(), strict=True)
+        )
+        norm = lambda name: RmsNorm(
+            config.norm.epsilon, self.compute, config.norm.offset, name=name
+        )
+        if names.query_norm is not None:
+            query = norm(names.query_norm)(query)
+        if names.key_norm is not None:
+            key = norm(names.key_norm)(key)
+        return query, key, value
+
+
+def attend(
+    query: Array, key: Array, value: Array, sight: Sight, shape: Attention, compute: Compute
+) -> Array:
+    """Attention by the kernel that fits.
+
+    Args:
+      query: `(batch, tokens, heads, head_dim)`.
+      key: `(batch, keys, kv_heads, head_dim)`.
+      value: as `key`.
+      sight: which keys a token sees.
+      shape: scale and soft cap.
+      compute: form of attention where no kernel of the backend's own serves.
+
+    Returns:
+      Array of the shape of `query`.
+    """
+    if shape.soft_cap is None and _cudnn_serves(query, key, masked=sight.mask is not None):
+        window = None if sight.window is None else (sight.window - 1, 0)
+        mask = None if sight.mask is None else sight.mask[:, None]
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=shape.scale,
+            is_causal=mask is None,
+            local_window_size=window,
+            implementation='cudnn',
+        )
+    mask = causal_mask(query.shape[1], sight.window) if sight.mask is None else sight.mask
+    if shape.soft_cap is not None or compute.attention == 'plain':
+        return plain_attention(query, key, value, mask, scale=shape.scale, soft_cap=shape.soft_cap)
+    return attention(query, key, value, mask, scale=shape.scale)
+
+
+def _cudnn_serves(query: Array, key: Array, masked: bool) -> bool:
+    """Whether cuDNN has a kernel: half precision, and shapes that it is documented to take."""
+    if jax.default_backend() != 'gpu' or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    capability = float(getattr(jax.devices()[0], 'compute_capability', 0))
+    widest = 256 if capability >= 9 else 128
+    tokens, keys, width = query.shape[1], key.shape[1], query.shape[-1]
+    even = not masked or (tokens % 2 == 0 and keys % 2 == 0)
+    return capability >= 8 and tokens > 1 and even and width % 8 == 0 and width <= widest
+
+
+def _remember(
+    store: tuple[Array, Array], key: Array, value: Array, place: tuple[Array, Array | None]
+) -> tuple[tuple[Array, Array], Array, Array]:
+    """Writes keys and values into a layer's slots; all of the layer's are returned."""
+    layer, first = place
+    zero = jnp.zeros((), jnp.int32)
+
+    def write(old: Array, new: Array) -> Array:
+        start = (layer, zero, first, zero, zero)
+        return lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+
+    keys, values = write(store[0], key), write(store[1], value)
+    read = lambda all_layers: lax.dynamic_index_in_dim(all_layers, layer, keepdims=False)
+    return (keys, values), read(keys).astype(key.dtype), read(values).astype(value.dtype)

@@ -1,0 +1,142 @@
+"""From a Hugging Face folder to a decoder and its parameters."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.models._checkpoint import Checkpoint, read_json
+from peftjax.models._compute import AttentionForm, Compute
+from peftjax.models._decoder import Decoder
+from peftjax.models._decoder_block import KEPT
+from peftjax.models._decoder_config import DecoderConfig
+from peftjax.models._families import read_decoder_config
+from peftjax.models._fill import ShardingOf, by_path, fill, match
+from peftjax.models._hub import model_folder
+from peftjax.models._names import Naming
+
+Remat = Literal['none', 'full', 'names']
+_SAVE: dict[Remat, tuple[str, ...] | None] = {'none': None, 'full': (), 'names': KEPT}
+
+
+class LoadedDecoder(NamedTuple):
+    """A decoder with its parameters; `model.apply_fn(params, input_ids, ...)` runs it.
+
+    Attributes:
+      model: the module.
+      params: nested dicts of arrays, the tree under linen's `'params'`.
+      config: what the checkpoint says of itself.
+    """
+
+    model: Decoder
+    params: dict[str, Any]
+    config: DecoderConfig
+
+
+def load_decoder(
+    path_or_hub_name: str,
+    *,
+    scan_layers: bool = True,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: Remat = 'none',
+    attention: AttentionForm = 'fused',
+    sharding: ShardingOf | None = None,
+) -> LoadedDecoder:
+    """Loads a decoder language model from a Hugging Face folder or hub name.
+
+    Tensors are read one at a time, cast, and written into the parameter they belong to; where a
+    parameter is sharded, each device's part alone is read. No more is held than the model and one
+    tensor.
+
+    Args:
+      path_or_hub_name: a folder with config.json and safetensors, or `owner/name` on the hub.
+      scan_layers: as in `Compute`.
+      dtype: of parameters and computation; logits are float32.
+      remat: what a gradient keeps of each layer: `'none'` computes nothing again; `'full'`
+        everything but the layer's input; `'names'` keeps the results of products and attention
+        that are dear to compute again (`query`, `key`, `value`, `context`, `attention_residual`,
+        `gate`, `up`).
+      attention: as in `Compute`.
+      sharding: from a parameter's path to where it lives; None is the default device.
+
+    Returns:
+      Model, parameters, configuration.
+
+    Raises:
+      FileNotFoundError: no such folder, or files missing from it.
+      ConnectionError: the hub does not give the model.
+      ValueError: an unsupported config, a damaged file, tensors left over, parameters not filled,
+        or shapes that differ; by name.
+
+    Example:
+      >>> llama = load_decoder('owner/model', dtype=jnp.bfloat16)  # doctest: +SKIP
+      >>> logits = llama.model.apply_fn(llama.params, input_ids, mask)  # doctest: +SKIP
+    """
+    compute = Compute(
+        scan_layers=scan_layers,
+        dtype=dtype,
+        param_dtype=dtype,
+        attention=attention,
+        save=saved_names(remat),
+    )
+    folder = model_folder(path_or_hub_name)
+    config = read_decoder_config(read_json(folder / 'config.json'))
+    model = Decoder(config, compute)
+    shapes = decoder_shapes(model)
+    plan = match(shapes, Checkpoint(folder), decoder_naming(config))
+    return LoadedDecoder(model, fill(shapes, plan, sharding), config)
+
+
+def saved_names(remat: Remat) -> tuple[str, ...] | None:
+    """What `Compute.save` is for a policy.
+
+    Args:
+      remat: as of `load_decoder`.
+
+    Returns:
+      Names, or None.
+
+    Raises:
+      ValueError: an unknown policy.
+
+    Example:
+      >>> saved_names('full')
+      ()
+    """
+    if remat not in _SAVE:
+        raise ValueError(f'remat must be one of {get_args(Remat)}, got {remat!r}.')
+    return _SAVE[remat]
+
+
+def decoder_shapes(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Paths, shapes and dtypes of a decoder's parameters, without computing anything.
+
+    Args:
+      model: a decoder.
+
+    Returns:
+      `{path: ShapeDtypeStruct}` in the order of the tree.
+    """
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return by_path(jax.eval_shape(model.init, jax.random.key(0), ids)['params'])
+
+
+def decoder_naming(config: DecoderConfig) -> Naming:
+    """How the tensors of a decoder's checkpoint are named.
+
+    Args:
+      config: of the decoder.
+
+    Returns:
+      The naming.
+    """
+    names = config.names
+    twins = {f'{names.head}.weight': f'{names.embedding}.weight'} if config.tied else {}
+    return Naming(
+        prefix=names.body,
+        stacks={names.layers: config.num_hidden_layers, names.experts: config.mlp.experts},
+        # GPT-2 keeps the linear layers of its blocks as they are multiplied.
+        transposed=config.names.body != 'transformer',
+        buffers=r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$',
+        twins=twins,
+    )
