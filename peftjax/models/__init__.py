@@ -24,4 +24,5 @@ from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes
 from peftjax.models._load_decoder import LoadedDecoder as LoadedDecoder
 from peftjax.models._load_decoder import load_decoder as load_decoder
+from peftjax.models._save_decoder import save_decoder as save_decoder
 from peftjax.models._tokenizer import load_tokenizer as load_tokenizer

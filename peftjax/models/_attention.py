@@ -50,9 +50,9 @@ def plain_attention(
     Reference: Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762, section 3.2.1;
     groups of heads: Ainslie et al., GQA, 2023, arXiv:2305.13245.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (_swap(x) for x in (query, key, value))
-    scores = _apart(_matmul_t(_together(query, key), key) * scale, query)
+    scores = _apart(_matmul_t(_together(query, key), key) * factor, query)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     if mask is not None:
@@ -95,14 +95,14 @@ def attention(
       >>> bool(jnp.allclose(attention(x, x, x), plain_attention(x, x, x), atol=1e-6))
       True
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (_swap(x) for x in (query, key, value))
     bias = None if mask is None else _bias(mask)
     groups = query.shape[1] // key.shape[1]
     if bias is not None and bias.shape[2] > 1:
         bias = jnp.tile(bias, (1, 1, groups, 1))
     kept = None if kept is None else _together(kept, key)
-    scaled = _together(query * jnp.asarray(scale, query.dtype), key)
+    scaled = _together(query * jnp.asarray(factor, query.dtype), key)
     return _swap(_apart(_core(scaled, key, _grown(value, rate), bias, kept), query))
 
 

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from peftjax.models._cache import Cache
+from peftjax.models._cache import Cache, Store
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_block import Block, Layer, norm
 from peftjax.models._decoder_config import DecoderConfig
@@ -37,12 +36,12 @@ class _Body(nn.Module):
         if names.positions is not None:
             self.place = table(config.positions, names.positions)
         length = config.num_hidden_layers
-        self.blocks = stack(Block, config, compute, length, shared=2, name=names.layers)
+        self.blocks = stack(Block, config, compute, length, shared=1, name=names.layers)
         self.last = norm(config, compute, names.norm)
 
     def __call__(
-        self, input_ids: Array, position_ids: Array, sights: Sight, cache: Cache | None, slot: Any
-    ) -> tuple[Array, Cache | None]:
+        self, input_ids: Array, position_ids: Array, sights: Sight, store: Store | None
+    ) -> tuple[Array, Store | None]:
         config = self.config
         x = self.embed(input_ids)
         if config.embedding_scale != 1:
@@ -50,16 +49,10 @@ class _Body(nn.Module):
         if config.names.positions is not None:
             x = x + self.place(position_ids)
         x = checkpoint_name(x, 'embeddings')
-        store = None if cache is None else (cache.key, cache.value)
-        indices = np.arange(config.num_hidden_layers, dtype=np.int32)
-        layers = Layer(indices, np.asarray(config.layers, np.int32))
-        (x, store), _ = self.blocks((x, store), layers, sights, slot)
-        if cache is not None and store is not None:
-            cache = cache._replace(key=store[0], value=store[1])
-            # Beyond its end a cache would be overwritten; NaN does not go unnoticed.
-            full = cache.index > cache.mask.shape[1]
-            x = jnp.where(full, jnp.asarray(jnp.nan, x.dtype), x)
-        return self.last(x), cache
+        indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+        layers = Layer(indices, jnp.asarray(config.layers, jnp.int32))
+        (x, store), _ = self.blocks((x, store), layers, sights)
+        return self.last(x), store
 
 
 class HeadWeight(NamedTuple):
@@ -176,13 +169,18 @@ class Decoder(nn.Module):
                 f'input_ids must have at most {config.positions} tokens, one for each learned '
                 f'position, got {shape[1]}. Truncate the text.'
             )
-        slot = None if cache is None else cache.index
-        places, cache = find_places(shape, attention_mask, segment_ids, cache)
+        places, reading = find_places(shape, attention_mask, segment_ids, cache)
         if position_ids is None:
             position_ids = count_positions(places, shape)
         sights = find_sights(config.kinds, places, position_ids)
-        x, cache = self.body(input_ids, position_ids, sights, cache, slot)
-        return x if cache is None else (x, cache)
+        store = None if cache is None else Store(cache.key, cache.value, cache.index)
+        x, store = self.body(input_ids, position_ids, sights, store)
+        if reading is None or store is None:
+            return x
+        # Beyond its end a cache would be overwritten; NaN does not go unnoticed.
+        beyond = reading.index > reading.mask.shape[1]
+        x = jnp.where(beyond, jnp.asarray(jnp.nan, x.dtype), x)
+        return x, reading._replace(key=store.key, value=store.value)
 
     def logits(self, hidden: Array) -> Array:
         """Applies the head.

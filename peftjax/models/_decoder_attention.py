@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.models._attention import attention, plain_attention
+from peftjax.models._cache import Store
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_config import Attention, DecoderConfig
 from peftjax.models._layers import RmsNorm, linear
@@ -14,8 +14,6 @@ from peftjax.models._rope import rotate
 from peftjax.models._sight import Sight, causal_mask
 
 Array = jax.Array
-Store = tuple[Array, Array] | None
-"""Keys and values of all layers in a cache."""
 
 
 class SelfAttention(nn.Module):
@@ -31,15 +29,15 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, sight: Sight, store: Store, place: tuple[Array, Array | None]
-    ) -> tuple[Array, Store]:
+        self, x: Array, sight: Sight, store: Store | None, layer: Array
+    ) -> tuple[Array, Store | None]:
         """Mixes tokens.
 
         Args:
           x: `(batch, tokens, hidden_size)`.
           sight: of this kind of layer.
           store: keys and values of a cache, or None.
-          place: index of the layer, and of the first slot to fill in a cache.
+          layer: int scalar, index of the layer.
 
         Returns:
           Array of the shape of `x`, and the store with the tokens' keys and values.
@@ -52,7 +50,8 @@ class SelfAttention(nn.Module):
         key = checkpoint_name(key, 'key')
         value = checkpoint_name(value, 'value')
         if store is not None:
-            store, key, value = _remember(store, key, value, place)
+            store = store.write(layer, key, value)
+            key, value = (kept.astype(x.dtype) for kept in store.read(layer))
         mixed = attend(query, key, value, sight, config.attention, compute)
         mixed = checkpoint_name(mixed.reshape(*x.shape[:-1], -1), 'context')
         bias = config.attention.output_bias
@@ -135,19 +134,3 @@ def _cudnn_serves(query: Array, key: Array, masked: bool) -> bool:
     tokens, keys, width = query.shape[1], key.shape[1], query.shape[-1]
     even = not masked or (tokens % 2 == 0 and keys % 2 == 0)
     return capability >= 8 and tokens > 1 and even and width % 8 == 0 and width <= widest
-
-
-def _remember(
-    store: tuple[Array, Array], key: Array, value: Array, place: tuple[Array, Array | None]
-) -> tuple[tuple[Array, Array], Array, Array]:
-    """Writes keys and values into a layer's slots; all of the layer's are returned."""
-    layer, first = place
-    zero = jnp.zeros((), jnp.int32)
-
-    def write(old: Array, new: Array) -> Array:
-        start = (layer, zero, first, zero, zero)
-        return lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
-
-    keys, values = write(store[0], key), write(store[1], value)
-    read = lambda all_layers: lax.dynamic_index_in_dim(all_layers, layer, keepdims=False)
-    return (keys, values), read(keys).astype(key.dtype), read(values).astype(value.dtype)

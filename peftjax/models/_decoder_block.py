@@ -8,8 +8,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.models._activations import ACTIVATIONS
+from peftjax.models._cache import Store
 from peftjax.models._compute import Compute
-from peftjax.models._decoder_attention import SelfAttention, Store
+from peftjax.models._decoder_attention import SelfAttention
 from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._experts import Experts
 from peftjax.models._layers import LayerNorm, RmsNorm, linear
@@ -97,8 +98,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Store], layer: Layer, sights: Sight, slot: jax.Array | None
-    ) -> tuple[tuple[jax.Array, Store], None]:
+        self, carry: tuple[jax.Array, Store | None], layer: Layer, sights: Sight
+    ) -> tuple[tuple[jax.Array, Store | None], None]:
         """Applies the block.
 
         Args:
@@ -106,7 +107,6 @@ class Block(nn.Module):
             all layers in a cache, or None.
           layer: which layer.
           sights: of all kinds of layers.
-          slot: int scalar, the first slot of a cache to fill; None without one.
 
         Returns:
           The new carry and None, the pair that a scan's body returns.
@@ -115,9 +115,7 @@ class Block(nn.Module):
         x, store = carry
         sight = sight_of(sights, config.kinds, layer.kind)
         attention = SelfAttention(config, compute, name=names.attention)
-        y, store = attention(
-            self._norm(names.before_attention, x), sight, store, (layer.index, slot)
-        )
+        y, store = attention(self._norm(names.before_attention, x), sight, store, layer.index)
         y = self._norm(names.after_attention, checkpoint_name(y, 'attention_output'))
         x = checkpoint_name(x + y, 'attention_residual')
         mlp = FeedForward if names.router is None else Experts

@@ -75,9 +75,10 @@ def _yarn(given: Fields, fields: Fields) -> dict[str, Any]:
     factor = given.get('factor', fields.get('max_position_embeddings', original) / original)
     magnitude = given.get('attention_factor')
     if magnitude is None:
-        own, all_dims = given.get('mscale'), given.get('mscale_all_dim')
-        both = own and all_dims
-        magnitude = _temper(factor, own) / _temper(factor, all_dims) if both else _temper(factor, 1)
+        own, all_dims = given.get('mscale', 0), given.get('mscale_all_dim', 0)
+        given_both = own and all_dims
+        magnitude = _temper(factor, own if given_both else 1)
+        magnitude = magnitude / _temper(factor, all_dims) if given_both else magnitude
     return {
         'scaling': 'yarn',
         'factor': factor,

@@ -52,7 +52,7 @@ class Places(NamedTuple):
 
 
 def find_places(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     attention_mask: Array | None,
     segment_ids: Array | None,
     cache: Cache | None,
@@ -91,7 +91,7 @@ def find_places(
     return places, cache._replace(mask=mask, index=cache.index + shape[1])
 
 
-def count_positions(places: Places, shape: tuple[int, int]) -> Array:
+def count_positions(places: Places, shape: tuple[int, ...]) -> Array:
     """Positions of tokens: how many real tokens of the same text come before.
 
     Args:
