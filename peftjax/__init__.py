@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any JAX function."""
 
+from peftjax import hf as hf
 from peftjax._attach import attach as attach
 from peftjax._chain import Chain as Chain
 from peftjax._chain import chain as chain
@@ -26,6 +27,7 @@ from peftjax.methods import NormTuning as NormTuning
 from peftjax.methods import PrefixTuning as PrefixTuning
 from peftjax.methods import PromptTuning as PromptTuning
 from peftjax.methods import Trainable as Trainable
+from peftjax.methods import TrainableTokens as TrainableTokens
 from peftjax.optim import masked_optimizer as masked_optimizer
 from peftjax.quantize import INT4 as INT4
 from peftjax.quantize import INT8 as INT8

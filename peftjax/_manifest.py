@@ -34,8 +34,12 @@ def seal(folder: Path, writer: str) -> None:
     (folder / MANIFEST).write_text(_text(files, writer), encoding='utf-8')
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, *, others: bool = False) -> None:
     """Checks that a folder holds exactly the files that were sealed, unchanged.
+
+    Args:
+      folder: where.
+      others: whether files that were not sealed may lie beside them, such as a model card.
 
     Raises:
       CheckpointError: a file was changed, cut, deleted or added, or there is no manifest.
@@ -45,7 +49,8 @@ def verify(folder: Path) -> None:
         raise CheckpointError(_unsealed(folder, found))
     files = _read(found.pop(MANIFEST))
     wrong = [f'{str(folder / name)!r} is missing' for name in files if name not in found]
-    wrong += [f'{str(path)!r} does not belong' for name, path in found.items() if name not in files]
+    if not others:
+        wrong += [f'{str(p)!r} does not belong' for name, p in found.items() if name not in files]
     for name, path in found.items():
         want, size = files.get(name), path.stat().st_size
         if want is None:

@@ -141,7 +141,7 @@ class Peft:
           The plan and the phi without the other form; `wrap` gives the same forward for both.
         """
         self._check_phi(phi)
-        plain = _nested(
+        plain = nested(
             (keys, part.expand(chosen, _at(phi, keys)))
             for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
         )
@@ -162,7 +162,7 @@ class Peft:
     def _fresh(self, key: Array, params: PyTree) -> Phi:
         """`init` without a check."""
         leaves = Arrays(_paths.leaves(params))
-        return _nested(
+        return nested(
             (keys, part.init(mine, chosen, leaves))
             for (keys, part), chosen, mine in zip(
                 self.method.parts, self.sites, self._keys(key), strict=True
@@ -286,7 +286,7 @@ def _at(phi: Phi, keys: Sequence[str]) -> Any:
     return functools.reduce(lambda tree, key: tree[key], keys, phi)
 
 
-def _nested(parts: Iterable[tuple[Sequence[str], Phi]]) -> Phi:
+def nested(parts: Iterable[tuple[Sequence[str], Phi]]) -> Phi:
     """The phi of a chain from the phi of its parts."""
     whole: dict[str, Any] = {}
     for keys, mine in parts:

@@ -54,6 +54,7 @@ EVERYWHERE = {
     'prefix_named_projected': dataclasses.replace(NAMED_PREFIX, projection=5),
     'bitfit': pj.BitFit(),
     'norms': pj.NormTuning(),
+    'tokens': pj.TrainableTokens(target=EMBEDDING, ids=(1, 4)),
     'layer': pj.Trainable(target=DOWN),
     'everything': pj.Trainable(target='.'),
     'lora_ia3': pj.chain(SMALL, pj.Ia3(target=QUERY_VALUE)),

@@ -13,3 +13,4 @@ from peftjax.methods.norm_tuning import NormTuning as NormTuning
 from peftjax.methods.prefix import PrefixTuning as PrefixTuning
 from peftjax.methods.prompt import PromptTuning as PromptTuning
 from peftjax.methods.trainable import Trainable as Trainable
+from peftjax.methods.trainable_tokens import TrainableTokens as TrainableTokens

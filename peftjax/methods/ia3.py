@@ -56,7 +56,7 @@ class Ia3(Method):
     def select(self, sites: Sites) -> tuple[Site, ...]:
         """See `Method`."""
         chosen = super().select(sites)
-        forward = [site for site in chosen if self._feeds_forward(site)]
+        forward = [site for site in chosen if self.feeds(site)]
         if self.feedforward and not forward:
             raise ValueError(f'no site of target matches feedforward={self.feedforward!r}')
         for site in forward:
@@ -78,7 +78,7 @@ class Ia3(Method):
         """See `Method`."""
         del key
         axes = self._axes(site)
-        rule = ScaleInput() if self._feeds_forward(site) else ScaleOutput()
+        rule = ScaleInput() if self.feeds(site) else ScaleOutput()
         factors = {'l': lay(phi['l'], axes, site.rank)}
         return StandIn.over(site, w, factors, {'l': frozenset(axes)}, rule)
 
@@ -91,16 +91,17 @@ class Ia3(Method):
             )
         scale = float32(phi['l'])
         scaled = leaves[site.path] * place(scale, self._axes(site), site.rank)
-        if self._feeds_forward(site):
+        if self.feeds(site):
             return {site.path: scaled}
         biases = zip(site.bias, site.bias_axes, strict=True)
         return {site.path: scaled, **{p: _along(leaves[p], scale, axes) for p, axes in biases}}
 
-    def _feeds_forward(self, site: Site) -> bool:
+    def feeds(self, site: Site) -> bool:
+        """Whether the input of a site is scaled, not its output."""
         return bool(self.feedforward) and _paths.matches(self.feedforward, site.path)
 
     def _axes(self, site: Site) -> tuple[int, ...]:
-        return (*site.stack, *(site.inputs if self._feeds_forward(site) else site.outputs))
+        return (*site.stack, *(site.inputs if self.feeds(site) else site.outputs))
 
 
 def _along(bias: Array, scale: Array, axes: tuple[int, ...]) -> Array:

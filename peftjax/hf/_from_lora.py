@@ -1,0 +1,252 @@
+"""From PEFT's `LoraConfig` to a plan."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from peftjax._lowrank import LowRankMethod
+from peftjax._types import Path
+from peftjax.hf._config import Fields
+from peftjax.hf._draft import Draft, adapted, plan_tokens
+from peftjax.hf._model import Model
+from peftjax.hf._names import pattern_of
+from peftjax.hf._plan import require, whole_leaves
+from peftjax.hf._stored import Stored
+from peftjax.methods import Dora, Lora
+
+IDLE = (
+    'corda_config',
+    'eva_config',
+    'fan_in_fan_out',
+    'loftq_config',
+    'lora_ga_config',
+    'megatron_config',
+    'megatron_core',
+    'qalora_group_size',
+    'velora_config',
+)
+"""Keys that say how an adapter starts or is trained: nothing in what a trained one computes."""
+
+REFUSED = {
+    'layer_replication': 'the base is another model, with layers repeated. Repeat them in params',
+    'alora_invocation_tokens': 'the adapter is switched on by tokens in the input',
+    'arrow_config': 'it routes between other adapters',
+    'kasa_config': 'the base is truncated when it is loaded',
+    'monteclora_config': 'its weights are random',
+    'use_bdlora': 'its factors are block-diagonal',
+    'use_qalora': 'its inputs are pooled in groups',
+}
+
+MUTATING = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
+"""Ways to start that change the base."""
+
+SUFFIXES = ('.lora_A.weight', '.lora_embedding_A')
+
+
+def plan_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    """Adds what a `LoraConfig` asks for to a draft."""
+    fields.refuse(REFUSED)
+    draft.note_idle(fields, IDLE)
+    _note_start(fields, draft)
+    names = ('target_modules', 'exclude_modules', 'modules_to_save', 'layers_pattern')
+    rule: dict[str, Any] = {key: fields.names(key) for key in names}
+    rule['layers_to_transform'] = fields.integers('layers_to_transform')
+    parameters = fields.names('target_parameters')
+    _tied(fields, stored, model, draft)
+    leaves = dict(_experts(parameters, stored, model, draft))
+    if rule['target_modules'] or not parameters:
+        leaves |= adapted(model, stored, rule, SUFFIXES)
+    _check_shared(leaves, model, draft)
+    method = _method(fields, leaves, model) if leaves else None
+    if method is not None:
+        draft.methods['dora' if isinstance(method, Dora) else 'lora'] = method
+    modules = [name for names in leaves.values() for name in names]
+    _biases(fields, stored, model, draft, modules)
+    if fields.flag('lora_bias') and method is not None:
+        draft.rewrites.append(_lora_bias(model, draft, method, leaves))
+    plan_tokens(draft, stored, model, _token_ids(fields))
+
+
+def _note_start(fields: Fields, draft: Draft) -> None:
+    start = fields.value('init_lora_weights', True)
+    if isinstance(start, str) and start.startswith(MUTATING):
+        draft.notes.append(
+            f'init_lora_weights={start!r} changed the base before training: outputs are right '
+            'only over that changed base, which PEFT does not store with the adapter'
+        )
+    elif not isinstance(start, bool):
+        draft.listed.append('init_lora_weights')
+
+
+def _method(fields: Fields, leaves: Mapping[Path, tuple[str, ...]], model: Model) -> LowRankMethod:
+    """The pairs at all leaves, those of each stack of one rank and scale."""
+    rank, alpha = fields.integer('r', 8), fields.number('lora_alpha', 8)
+    own = {
+        'ranks': (fields.patterns('rank_pattern'), rank),
+        'alphas': (fields.patterns('alpha_pattern'), alpha),
+    }
+    exceptions = {}
+    for field, (patterns, default) in own.items():
+        groups: dict[Any, list[Path]] = {}
+        for path, modules in leaves.items():
+            values = {pattern_of(module, patterns, default) for module in modules}
+            if len(values) > 1:
+                raise ValueError(
+                    f'the layers of a stack have one rank and one scale; {path!r} would have '
+                    f'{field} {sorted(values)}. Load the model with its layers unrolled '
+                    '(scan_layers=False)'
+                )
+            groups.setdefault(values.pop(), []).append(path)
+        exceptions[field] = tuple(
+            (pattern, value)
+            for value, paths in groups.items()
+            if value != default
+            for pattern in model.target(paths)
+        )
+    return (Dora if fields.flag('use_dora') else Lora)(
+        target=model.target(leaves),
+        rank=rank,
+        alpha=alpha,
+        rank_stabilized=fields.flag('use_rslora'),
+        dropout=fields.number('lora_dropout', 0.0),
+        **exceptions,
+    )
+
+
+def _biases(fields: Fields, stored: Stored, model: Model, draft: Draft, modules: list[str]) -> None:
+    """The biases that are trained: of the adapted modules, or all."""
+    which = fields.text('bias', 'none')
+    if which not in ('none', 'all', 'lora_only'):
+        raise fields.wrong('bias', "'none', 'all' or 'lora_only'", which)
+    names = {
+        'none': [],
+        'all': [name for name in model.table.stored_parameters() if name.endswith('.bias')],
+        'lora_only': [n for m in modules if model.place(n := f'{m}.bias') is not None],
+    }[which]
+    require(names, stored.tensors, 'every bias')
+    draft.saved.update(names)
+
+
+def _lora_bias(
+    model: Model, draft: Draft, method: LowRankMethod, leaves: Mapping[Path, tuple[str, ...]]
+) -> Any:
+    """A bias of `lora_B` is added with the product, hence scaled: it goes to the layer's bias."""
+    scales: dict[str, float] = {}
+    for path, modules in leaves.items():
+        for module in modules:
+            if model.place(f'{module}.bias') is None:
+                raise ValueError(
+                    f'lora_bias=True at {module!r} cannot be represented: the layer has no bias '
+                    'to add it to. Add a bias of zeros to params'
+                )
+            scales[module] = method.scale_at(model.table.sites[path])
+    base = {module: model.value(f'{module}.bias') for module in scales}
+    draft.saved.update(f'{module}.bias' for module in scales)
+
+    def rewrite(tensors: dict[str, Any]) -> dict[str, Any]:
+        found = dict(tensors)
+        for module, scale in scales.items():
+            if f'{module}.lora_B.bias' in found:
+                trained = found.pop(f'{module}.lora_B.bias')
+                found[f'{module}.bias'] = base[module] + scale * trained
+        return found
+
+    return rewrite
+
+
+def _tied(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    """An adapted head that shares the table is stored twice, once for each use."""
+    fields.flag('ensure_weight_tying')
+    tensors = stored.tensors
+    tables = [
+        name.removesuffix('.lora_embedding_A')
+        for name in tensors
+        if name.endswith('.lora_embedding_A')
+    ]
+    heads = [n.removesuffix('.lora_A.weight') for n in tensors if n.endswith('.lora_A.weight')]
+    for head in (head for head in heads if model.table.weight(head) is None):
+        a, b = f'{head}.lora_A.weight', f'{head}.lora_B.weight'
+        for table in tables:
+            place = model.table.weight(table)
+            ours = (f'{table}.lora_embedding_B', f'{table}.lora_embedding_A')
+            if place is None or place.site.path not in model.table.shared or b not in tensors:
+                continue
+            if all(
+                np.array_equal(tensors[n], tensors[m].T)
+                for n, m in zip((a, b), ours, strict=True)
+                if m in tensors
+            ):
+                draft.idle |= {a, b, f'{head}.weight'} & set(tensors)
+                draft.tied.add(place.site.path)
+
+
+def _check_shared(leaves: Mapping[Path, Any], model: Model, draft: Draft) -> None:
+    """Refuses to adapt one use of a parameter that has several."""
+    for path in leaves:
+        if path in model.table.shared and path not in draft.tied:
+            raise ValueError(
+                f'{path!r} is used in several ways, such as embedding and head, and is adapted '
+                'for all of them; this adapter adapts one. Give the head a parameter of its own '
+                '(untie it) in params'
+            )
+
+
+def _experts(
+    targets: tuple[str, ...] | str, stored: Stored, model: Model, draft: Draft
+) -> dict[Path, tuple[str, ...]]:
+    """The parameters of modules with several, such as experts: PEFT's `target_parameters`.
+
+    PEFT wraps the module once for each parameter, in an order of its own: shapes tell which is
+    whose. They are read as `(experts, out, in)`, as PEFT does for all modules but those that
+    transformers calls `is_transposed`.
+    """
+    targets = (targets,) if isinstance(targets, str) else targets
+    owners: dict[str, list[str]] = {}
+    for name in model.table.stored_parameters():
+        place = model.place(name)
+        hit = any(name == t or name.endswith(f'.{t}') for t in targets)
+        if hit and place is not None and model.table.is_raw(place.site.path):
+            owners.setdefault(name.rpartition('.')[0], []).append(name)
+    renamed: dict[str, str] = {}
+    for owner, names in owners.items():
+        levels = [f'{owner}{".base_layer" * depth}' for depth in range(len(names))]
+        require([f'{level}.lora_A.weight' for level in levels], stored.tensors, 'every wrapper')
+        fits = [
+            order
+            for order in itertools.permutations(names)
+            if all(_fits(stored, level, name, model) for level, name in zip(levels, order))
+        ]
+        if len(fits) != 1:
+            raise ValueError(
+                f'target_parameters at {owner!r}: shapes must tell which of {names} each pair of '
+                f'factors belongs to; {len(fits)} ways fit'
+            )
+        for level, name in zip(levels, fits[0], strict=True):
+            renamed |= {f'{level}.lora_{x}.weight': f'{name}.lora_{x}.weight' for x in 'AB'}
+    if not renamed:
+        return {}
+    draft.rewrites.append(lambda tensors: {renamed.get(n, n): t for n, t in tensors.items()})
+    return whole_leaves(model, [name for names in owners.values() for name in names])
+
+
+def _fits(stored: Stored, level: str, name: str, model: Model) -> bool:
+    """Whether a pair of factors may belong to a parameter `(experts, out, in)`."""
+    place = model.place(name)
+    assert place is not None
+    *_, out, inner = place.site.shape
+    a, b = (stored.tensors.get(f'{level}.lora_{x}.weight') for x in 'AB')
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2:
+        return False
+    return a.shape[1] == inner and b.shape[0] == out and a.shape[0] == b.shape[1]
+
+
+def _token_ids(fields: Fields) -> dict[str, tuple[int, ...]]:
+    """Tokens by the module whose rows they are; of a list, any."""
+    found = fields.value('trainable_token_indices', {})
+    found = found if isinstance(found, dict) else {'': found}
+    for ids in found.values():
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise fields.wrong('trainable_token_indices', 'lists of token ids', found)
+    return {module: tuple(ids) for module, ids in found.items()}

@@ -1,0 +1,179 @@
+"""From a configuration of Hugging Face PEFT to a plan."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from peftjax.hf._config import Fields
+from peftjax.hf._draft import Draft, adapted, plan_tokens
+from peftjax.hf._from_lora import plan_lora
+from peftjax.hf._model import Model
+from peftjax.hf._names import is_below
+from peftjax.hf._plan import Plan, require
+from peftjax.hf._stored import Stored
+from peftjax.methods import Ia3, PrefixTuning, PromptTuning
+
+SUFFIX = re.compile(
+    r'\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|'
+    r'trainable_tokens_delta|weight|bias)$'
+)
+BOOKKEEPING = (
+    'auto_mapping',
+    'base_model_name_or_path',
+    'inference_mode',
+    'peft_type',
+    'peft_version',
+    'revision',
+    'task_type',
+)
+"""Keys of every configuration that change nothing in what is computed."""
+
+
+def plan_peft(fields: Fields, stored: Stored, model: Model) -> Plan:
+    """What a `PeftConfig` asks for.
+
+    Raises:
+      CheckpointError: a value of the wrong kind, or tensors are missing.
+      ValueError: it cannot be represented.
+    """
+    kind = fields.text('peft_type')
+    if kind not in KINDS:
+        raise ValueError(
+            f'{fields.where}: peft_type must be one of {", ".join(KINDS)}; got {kind!r:.80}. '
+            'Other methods of PEFT have no counterpart here'
+        )
+    model.table.align(SUFFIX.sub('', name) for name in stored.tensors)
+    draft = Draft()
+    for key in BOOKKEEPING:
+        fields.value(key)
+    KINDS[kind](fields, stored, model, draft)
+    _saved(fields, stored, model, draft)
+    draft.unknown |= fields.rest()
+    return draft.plan(model)
+
+
+def _ia3(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    draft.note_idle(fields, ('fan_in_fan_out', 'init_ia3_weights'))
+    rule = {key: fields.names(key) for key in ('target_modules', 'exclude_modules')}
+    rule['modules_to_save'] = fields.names('modules_to_save')
+    forward = fields.names('feedforward_modules')
+    leaves = adapted(model, stored, rule, ('.ia3_l',))
+    inputs = [p for p, names in leaves.items() if _feeds_forward(names, forward)]
+    target = model.target(inputs) if inputs else ()
+    draft.methods['ia3'] = Ia3(target=model.target(leaves), feedforward='|'.join(target))
+
+
+def _feeds_forward(modules: tuple[str, ...], names: tuple[str, ...] | str) -> bool:
+    """Whether the inputs of a layer are scaled; of a stack, in all layers or none."""
+    if isinstance(names, str):
+        fits = {re.fullmatch(names, module) is not None for module in modules}
+    else:
+        fits = {module.endswith(names) for module in modules}
+    if len(fits) > 1:
+        raise ValueError(
+            f'the layers of a stack are scaled alike; of {modules[0]!r} and those with it, some '
+            'are feedforward_modules. Load the model with its layers unrolled (scan_layers=False)'
+        )
+    return fits == {True}
+
+
+def _prompt(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    del stored, model
+    draft.note_idle(
+        fields,
+        (
+            'prompt_tuning_init',
+            'prompt_tuning_init_text',
+            'tokenizer_name_or_path',
+            'tokenizer_kwargs',
+        ),
+    )
+    draft.methods['prompt_tuning'] = PromptTuning(length=_length(fields, draft))
+
+
+def _prefix(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    del stored
+    draft.note_idle(fields, ('encoder_hidden_size', 'init_weights'))
+    if fields.flag('prefix_projection'):
+        draft.notes.append(
+            'PEFT does not store the projection of a prefix: what it made is loaded, as a direct '
+            'prefix'
+        )
+    check_named(model)
+    draft.methods['prefix_tuning'] = PrefixTuning(length=_length(fields, draft))
+
+
+def check_named(model: Model) -> None:
+    """Refuses a prefix where keys and values have no name.
+
+    Raises:
+      ValueError: they have none.
+    """
+    names = {path.partition('/')[0] for path in model.table.named}
+    if not {'@key', '@value'} <= names:
+        raise ValueError(
+            'a prefix replaces keys after norms and rotations: the model must name them, '
+            "jax.ad_checkpoint.checkpoint_name(x, 'key') and (x, 'value'); it names "
+            f'{sorted(names)}'
+        )
+
+
+def _length(fields: Fields, draft: Draft) -> int:
+    """The number of virtual tokens."""
+    if fields.value('num_transformer_submodules', 1) != 1:
+        raise ValueError(
+            f'{fields.where}: num_transformer_submodules='
+            f'{fields.value("num_transformer_submodules")!r:.40} cannot be represented: virtual '
+            'tokens of an encoder and a decoder'
+        )
+    draft.note_idle(fields, ('token_dim', 'num_attention_heads', 'num_layers'))
+    return fields.integer('num_virtual_tokens')
+
+
+def _tokens(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    draft.note_idle(
+        fields, ('init_weights', 'target_modules', 'exclude_modules', 'modules_to_save')
+    )
+    plan_tokens(draft, stored, model, {'': fields.integers('token_indices')})
+
+
+def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    """Parameters that are trained in full, and copies of the base."""
+    owners = fields.names('modules_to_save')
+    owners = (owners,) if isinstance(owners, str) else owners
+    names = [n for n in model.table.stored_parameters() if is_below(n.rpartition('.')[0], owners)]
+    require(names, stored.tensors, 'every parameter')
+    draft.saved.update(names)
+    for name in stored.tensors:
+        plain = name.endswith(('.weight', '.bias')) and model.place(name) is not None
+        if plain and name not in draft.saved and name not in draft.idle:
+            _check_copy(name, stored, model)
+            draft.idle.add(name)
+    for path in {place.site.path for n in draft.saved if (place := model.place(n)) is not None}:
+        if path in model.table.shared and not fields.flag('ensure_weight_tying'):
+            raise ValueError(
+                f'{path!r} is used in several ways, such as embedding and head, and is trained for '
+                'all of them; this adapter trains one. Give the head a parameter of its own in '
+                'params'
+            )
+
+
+def _check_copy(name: str, stored: Stored, model: Model) -> None:
+    """A parameter beside the adapter, such as the table of an adapted embedding."""
+    ours, theirs = np.asarray(model.value(name)), stored.tensors[name]
+    if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=2e-2, atol=1e-6):
+        raise ValueError(
+            f'the adapter brings {stored.names[name]!r} along, which differs from the base: '
+            f'shape {theirs.shape} beside {ours.shape}, or other values. Load the base that it was '
+            'trained on, or put this tensor into params'
+        )
+
+
+KINDS: dict[str, Callable[[Fields, Stored, Model, Draft], None]] = {
+    'LORA': plan_lora,
+    'IA3': _ia3,
+    'PROMPT_TUNING': _prompt,
+    'PREFIX_TUNING': _prefix,
+    'TRAINABLE_TOKENS': _tokens,
+}

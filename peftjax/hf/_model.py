@@ -1,0 +1,57 @@
+"""The base model as a stored adapter sees it: names of parameters, and their values as stored."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import _paths
+from peftjax._method import float32
+from peftjax._sites import Sites
+from peftjax._types import Array, Path, PyTree
+from peftjax.hf._layout import layout
+from peftjax.hf._names import Naming, Place, Table, paths_as_target
+from peftjax.methods import Trainable
+
+
+class Model:
+    """A model with its names.
+
+    Args:
+      sites: of the model.
+      params: its parameters, or their shapes.
+      naming: from paths to names.
+    """
+
+    def __init__(self, sites: Sites, params: PyTree, naming: Naming):
+        self.table = Table(sites, naming)
+        self.every = [site.path for site in sites]
+        self._leaves = _paths.leaves(params)
+
+    def target(self, paths: Iterable[Path]) -> tuple[str, ...]:
+        """Regular expressions for these paths and no other."""
+        return paths_as_target(paths, self.every)
+
+    def value(self, name: str) -> Array:
+        """A parameter in the shape and orientation in which it is stored, in float32.
+
+        Raises:
+          ValueError: there are shapes only.
+        """
+        place = self.table.places[self.table.own(name)]
+        site = place.site
+        leaf = self._leaves[site.path]
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise ValueError(
+                f'this adapter stands in relation to the base: the values of {site.path!r} are '
+                'needed. Pass params as arrays, not as shapes'
+            )
+        stored = layout(Trainable(target='.'), site, self.table, 'value', site.shape)
+        slot = stored.slots[self.table.parameters(site.path).index(name)]
+        layers = jnp.moveaxis(jnp.asarray(leaf), stored.axes, range(len(stored.axes)))
+        return slot.store(float32(layers[place.index]))
+
+    def place(self, name: str) -> Place | None:
+        """Where a parameter of this stored name lies."""
+        return self.table.places.get(self.table.own(name))

@@ -1,0 +1,100 @@
+"""Virtual tokens as they are stored: one array for all layers."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax._sites import Site
+from peftjax._types import Array, Path
+from peftjax.hf._layout import Layout, Slot
+from peftjax.methods.prefix import SHARED
+
+STORED = 'prompt_embeddings'
+KEY_VALUE = ('@key', '@value')
+
+
+def prompt_layout(shape: tuple[int, ...]) -> Layout:
+    """A prompt: `(tokens, width)`."""
+    return Layout((Slot(STORED, shape, lambda t: t, lambda p: p),))
+
+
+def prefix_layout(path: Path, name: str, shape: tuple[int, ...], sites: tuple[Site, ...]) -> Layout:
+    """A prefix at one key or value: part of `(tokens, layers * 2 * heads * width)`.
+
+    Args:
+      path: of the site, or where phi keeps what all layers share.
+      name: of the array.
+      shape: of the array.
+      sites: all that the method adapts.
+    """
+    layers = count_layers(sites)
+    if path == SHARED:
+        return _network(name, shape)
+    which, indices = _where(path, layers)
+    stacked = any(site.stack for site in sites if site.path == path)
+    one = shape[1:] if stacked else shape
+    make = {'prefix': _direct, 'up': _up, 'up_bias': _up_bias}[name]
+    slots = tuple(make(layers, index, which, one) for index in indices)
+    return Layout(slots, (0,), (layers,)) if stacked else Layout(slots)
+
+
+def count_layers(sites: tuple[Site, ...]) -> int:
+    """How many layers the keys and values of a method come from."""
+    return sum(math.prod(s.sizes(s.stack)) for s in sites if s.path.startswith('@key'))
+
+
+def store_prefix(sites: tuple[Site, ...], phi: Mapping[Path, Any]) -> dict[str, np.ndarray]:
+    """All keys and values as the one array that is stored."""
+    layers = count_layers(sites)
+    rows: dict[tuple[int, int], np.ndarray] = {}
+    for site in sites:
+        which, indices = _where(site.path, layers)
+        prefix = np.asarray(phi[site.path]['prefix'])
+        each = prefix if site.stack else prefix[None]
+        for index, one in zip(indices, each, strict=True):
+            rows[index, which] = one.reshape(len(one), -1)
+    order = [rows[index, which] for index in range(layers) for which in (0, 1)]
+    return {STORED: np.concatenate(order, axis=1)}
+
+
+def _where(path: Path, layers: int) -> tuple[int, list[int]]:
+    """Key or value, and the layers."""
+    name, _, index = path.partition('/')
+    return KEY_VALUE.index(name), [int(index)] if index else list(range(layers))
+
+
+def _direct(layers: int, index: int, which: int, shape: tuple[int, ...]) -> Slot:
+    stored = (shape[0], layers * 2 * math.prod(shape[1:]))
+    load = lambda t: t.reshape(shape[0], layers, 2, *shape[1:])[:, index, which]
+    return Slot(STORED, stored, load, _one_way)
+
+
+def _up(layers: int, index: int, which: int, shape: tuple[int, ...]) -> Slot:
+    """`(hidden, *out)`: a part of the last layer of AdapterHub's network, `(outputs, hidden)`."""
+    hidden, *out = shape
+    stored = (layers * 2 * math.prod(out), hidden)
+    load = lambda t: jnp.moveaxis(t.reshape(layers, 2, *out, hidden)[index, which], -1, 0)
+    return Slot('prefix.control_trans.2.weight', stored, load, _one_way)
+
+
+def _up_bias(layers: int, index: int, which: int, shape: tuple[int, ...]) -> Slot:
+    stored = (layers * 2 * math.prod(shape),)
+    load = lambda t: t.reshape(layers, 2, *shape)[index, which]
+    return Slot('prefix.control_trans.2.bias', stored, load, _one_way)
+
+
+def _network(name: str, shape: tuple[int, ...]) -> Layout:
+    if name == 'down':
+        slot = Slot('prefix.control_trans.0.weight', shape[::-1], lambda t: t.T, _one_way)
+    else:
+        stored = {'tokens': 'prefix.wte.weight', 'down_bias': 'prefix.control_trans.0.bias'}[name]
+        slot = Slot(stored, shape, lambda t: t, _one_way)
+    return Layout((slot,))
+
+
+def _one_way(array: Array) -> Array:
+    del array
+    raise ValueError('a prefix is stored as a whole, and its network by AdapterHub alone')

@@ -1,0 +1,153 @@
+"""A stored adapter as it lies in its folder: configuration and tensors, names in one spelling."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftjax import _safetensors
+from peftjax._arrays import check_finite
+from peftjax._manifest import CheckpointError
+from peftjax.hf._config import NAME, read_config
+
+Tensors = Mapping[str, Any]
+"""Tensors by name."""
+
+PEFT_FILE = 'adapter_model.safetensors'
+HUB_FILE, HUB_HEAD = 'adapter.safetensors', 'model_head.safetensors'
+PICKLES = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.npz', '.npy', '.h5')
+
+PEFT_SPELLING = (
+    (r'^base_model\.(model\.)?', ''),
+    (r'\.base_layer\.(weight|bias)$', r'.\1'),
+    (r'\.(lora_magnitude_vector|lora_embedding_[AB])\.weight$', r'.\1'),
+    (r'\.token_adapter\.(?=trainable_tokens_delta$)', '.'),
+)
+"""From the names of PEFT: wrappers go."""
+
+HUB_SPELLING = (
+    (r'\.(adapters|loras|prefix_tunings|prompt_tunings)\.[^.]+\.', '.'),
+    (r'^heads\.[^.]+\.', 'heads.'),
+    (r'^.*\.prefix_tuning\.(pool\.)?self_prefix\.', 'prefix.'),
+    (r'^prefix_tuning\.(pool\.)?self_prefix\.', 'prefix.'),
+    (r'^(.*\.)?prompt_tuning\.prompt_embedding\.weight$', 'prompt_embeddings'),
+    (r'\.lora_([AB])$', r'.lora_\1.weight'),
+    (r'\.m\.weight$', '.lora_magnitude_vector'),
+    (r'^.*?\.(\d+)\.(attention\.output|attention_adapters)\.(?=adapter_|gate|scaling)', r'@attention_output.\1.'),
+    (r'^.*?\.(\d+)\.(output|output_adapters)\.(?=adapter_|gate|scaling)', r'@mlp_output.\1.'),
+)  # fmt: skip
+"""From the names of AdapterHub: the adapter's own name goes, places get the names of our zoo."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """What a folder holds.
+
+    Attributes:
+      folder: where.
+      config: its configuration.
+      tensors: by name, in one spelling.
+      names: that spelling to the name in the file.
+      hub: whether AdapterHub wrote it, otherwise PEFT.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: dict[str, np.ndarray]
+    names: dict[str, str]
+    hub: bool
+
+    @property
+    def where(self) -> str:
+        """The file of the configuration, for messages."""
+        return repr(str(self.folder / NAME))
+
+
+def read_stored(folder: Path, *, allow_nonfinite: bool) -> Stored:
+    """Reads a folder; nothing is unpickled, and no code is taken from it.
+
+    Raises:
+      FileNotFoundError: there is no configuration, or no safetensors file.
+      CheckpointError: a file is damaged, or holds what no adapter holds.
+      ValueError: a value is not finite.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f'an adapter is a folder; there is none at {str(folder)!r}')
+    config = read_config(folder)
+    hub = 'peft_type' not in config and 'config' in config
+    first = folder / (HUB_FILE if hub else PEFT_FILE)
+    if not first.is_file():
+        raise FileNotFoundError(_absent(first))
+    files = [first, *([folder / HUB_HEAD] if hub and (folder / HUB_HEAD).is_file() else [])]
+    raw: dict[str, np.ndarray] = {}
+    for file in files:
+        raw |= {name: _float32(file, name, t) for name, t in _safetensors.read(file).items()}
+    if not allow_nonfinite:
+        check_finite(raw, f'the adapter in {str(folder)!r}')
+    tensors, names = spelled(raw, config)
+    return Stored(folder, config, tensors, names, hub)
+
+
+def spelled(
+    raw: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors in one spelling, and the file's name for each.
+
+    Raises:
+      CheckpointError: two different tensors come to one name.
+    """
+    spelling = _spelling(config)
+    tensors: dict[str, np.ndarray] = {}
+    names: dict[str, str] = {}
+    for name, tensor in raw.items():
+        new = name
+        for pattern, text in spelling:
+            new = re.sub(pattern, text, new)
+        if new in tensors and not np.array_equal(tensors[new], tensor, equal_nan=True):
+            raise CheckpointError(
+                f'an adapter must hold each tensor once; {names[new]!r} and {name!r} are the same '
+                'in different values. Take another copy'
+            )
+        if new not in tensors:
+            tensors[new], names[new] = tensor, name
+    return tensors, names
+
+
+def _spelling(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if 'peft_type' in config:
+        return PEFT_SPELLING
+    inner = config.get('config')
+    inner = inner if isinstance(inner, dict) else {}
+    spelling = list(HUB_SPELLING)
+    if inner.get('ln_before'):  # the norm is stored a second time, as the first module of `down`
+        spelling += [(r'\.adapter_down\.0\.', '.adapter_norm_before.'), (r'_down\.1\.', '_down.')]
+    spelling.append((r'\.adapter_down\.0\.', '.adapter_down.'))
+    if inner.get('composition_mode') == 'scale':
+        spelling.append((r'\.lora_B\.weight$', '.ia3_l'))
+    return spelling
+
+
+def _float32(file: Path, name: str, tensor: np.ndarray) -> np.ndarray:
+    """A tensor in the dtype of phi, which holds every value of the narrower ones."""
+    if str(tensor.dtype) not in ('float32', 'float16', 'bfloat16'):
+        raise CheckpointError(
+            f'an adapter must hold float32, float16 or bfloat16; {name!r} in {str(file)!r} is '
+            f'{tensor.dtype}. Convert it'
+        )
+    return np.asarray(tensor, np.float32)
+
+
+def _absent(path: Path) -> str:
+    pickles = sorted(p.name for p in path.parent.iterdir() if p.suffix in PICKLES)
+    law = f'an adapter must hold {path.name}; {str(path.parent)!r} does not'
+    if not pickles:
+        return f'{law}. Name the folder with the adapter itself'
+    return (
+        f'{law}. It holds {pickles[:5]}, which may hold pickled objects: they are never opened, '
+        'since unpickling runs code. Convert to safetensors with the library that wrote it '
+        '(PEFT: save_pretrained(folder, safe_serialization=True); AdapterHub: '
+        'save_adapter(folder, name, use_safetensors=True))'
+    )

@@ -1,0 +1,62 @@
+"""The shortest names by which PEFT finds some modules and no other: `target_modules` and so on."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from peftjax._types import Path
+from peftjax.hf._names import Naming
+
+
+def suffixes(
+    chosen: Mapping[Path, tuple[str, ...]], every: Iterable[Path], naming: Naming
+) -> list[str]:
+    """Ends of names that belong to the chosen modules alone.
+
+    Args:
+      chosen: paths of weights, each with the stored names of its modules.
+      every: the paths from which they are told.
+      naming: from paths to names.
+
+    Returns:
+      An end of the name for all layers together, or full names where some layers are left out.
+
+    Example:
+      >>> from peftjax.hf import hugging_face_name
+      >>> paths = ['h/0/attn/up/kernel', 'h/0/mlp/up/kernel', 'h/0/mlp/down/kernel']
+      >>> chosen = {path: (path[:-7].replace('/', '.'),) for path in paths[1:]}
+      >>> suffixes(chosen, paths, hugging_face_name)
+      ['down', 'mlp.up']
+    """
+    kinds = {path: kind(naming(path)) for path in every}
+    others = {kinds[path] for path in kinds if path not in chosen}
+    found: dict[str, None] = {}
+    for path, modules in chosen.items():
+        if kinds[path] in others:  # some layers only
+            found |= dict.fromkeys(modules)
+        else:
+            found[_shortest(kinds[path], others)] = None
+    return sorted(found)
+
+
+def kind(parameter: str) -> str:
+    """The module of a parameter, all layers taken together: `h.#.attn.up`."""
+    return re.sub(r'(?<=\.)(\d+|\{\})(?=\.)', '#', parameter).rpartition('.')[0]
+
+
+def _shortest(module: str, others: set[str]) -> str:
+    """The shortest end of a name with which no other name ends."""
+    parts = module.split('.')
+    for count in range(1, len(parts) + 1):
+        end = '.'.join(parts[-count:])
+        if '#' in end:
+            break
+        if not any(f'.{other}'.endswith(f'.{end}') for other in others):
+            return end
+    return _pattern_free(module)
+
+
+def _pattern_free(module: str) -> str:
+    raise ValueError(
+        f'PEFT names modules by the ends of their names; none tells {module!r} from others that '
+        'are not adapted. Adapt those too, or none of these'
+    )
