@@ -5,6 +5,9 @@ from peftjax._attach import attach as attach
 from peftjax._chain import Chain as Chain
 from peftjax._chain import chain as chain
 from peftjax._discover import sites as sites
+from peftjax._generate import Generated as Generated
+from peftjax._generate import Sampling as Sampling
+from peftjax._generate import generate as generate
 from peftjax._method import Method as Method
 from peftjax._peft import Peft as Peft
 from peftjax._sites import Site as Site

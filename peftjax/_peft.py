@@ -19,7 +19,7 @@ from peftjax._quantized import Arrays, is_quantized
 from peftjax._shapes import Shape, differences, shapes_of
 from peftjax._sites import Site, table
 from peftjax._standin import StandIn, bare
-from peftjax._types import ApplyFn, Array, Forward, Path, Phi, PyTree
+from peftjax._types import ApplyFn, Array, Path, Phi, PyTree
 
 Served = dict[Path, dict[str, None]]
 
@@ -75,26 +75,21 @@ class Peft:
         self._check_params(params)
         return self._fresh(key, params)
 
-    def wrap(self, fn: ApplyFn) -> Forward:
+    def wrap(self, fn: ApplyFn) -> 'PeftForward':
         """Turns `fn(params, *args, **kwargs)` into `forward(params, phi, *args, **kwargs)`.
 
         Args:
           fn: the apply function, or any other that uses the same parameters: a loss, a decode step.
 
         Returns:
-          A pure function, not yet jitted. Its keyword `dropout_key` switches dropout on.
+          A pure function, not yet jitted, equal to another of the same plan and `fn`. Its keyword
+          `dropout_key` switches dropout on. Its attribute `continued` is the forward of what
+          follows in a sequence whose beginning was read through a cache.
 
         Raises (when traced):
           ValueError: `params` or `phi` is not of this model and method.
         """
-
-        def forward(
-            params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
-        ) -> PyTree:
-            """The wrapped function with the method in place."""
-            return self._call(fn, Notes(), params, phi, dropout_key, args, kwargs)
-
-        return forward
+        return PeftForward(self, fn)
 
     def merge(self, params: PyTree, phi: Phi) -> PyTree:
         """Folds phi into the parameters, for the untouched apply function.
@@ -181,16 +176,17 @@ class Peft:
         key: Array | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
+        begins: bool = True,
     ) -> PyTree:
         self._check_params(params)
         self._check_phi(phi)
-        rooms = [part.virtual for _, part in self.method.parts if part.virtual is not None]
+        rooms = [part.virtual for _, part in self.method.parts if part.virtual and begins]
         shapes = []
         for room in rooms:
             shapes.append(result_shapes(fn, params, args, kwargs))
             args, kwargs = room.extend(args, kwargs)
         call = Call(fn, params, args, kwargs)
-        leaves, named = self._bound(call.leaves, phi, key)
+        leaves, named = self._bound(call.leaves, phi, key, begins)
         outs = evaluate(call.flat, leaves, call.inputs, Run(named, notes.served, early=notes.early))
         self._check_reached(notes.served)
         result = jax.tree.unflatten(call.out, outs)
@@ -199,7 +195,7 @@ class Peft:
         return result
 
     def _bound(
-        self, leaves: Mapping[Path, Array], phi: Phi, key: Array | None
+        self, leaves: Mapping[Path, Array], phi: Phi, key: Array | None, begins: bool
     ) -> tuple[list[Any], dict[Path, StandIn]]:
         """What stands where each leaf stood, and at named values."""
         bound: dict[Path, Any] = {path: stand(path, leaf) for path, leaf in leaves.items()}
@@ -207,7 +203,7 @@ class Peft:
         parts = self._parts(phi)
         own = self._keys(key) if key is not None else [None] * len(parts)
         for (part, chosen, mine), key in zip(parts, own, strict=True):
-            for site in chosen:
+            for site in chosen if begins or part.virtual is None else ():
                 home = named if site.kind == 'named' else bound
                 home[site.path] = part.bind(site, home.get(site.path), mine[site.path], key)
         for part, chosen, _ in parts:
@@ -279,6 +275,33 @@ class Peft:
                 found = ', '.join(f'{len(p)} {kind} ({p[0]}{" …" * (len(p) > 1)})'
                                   for kind, p in kinds.items())  # fmt: skip
                 yield f'{type(part).__name__} passes over what its target finds: {found}'
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftForward:
+    """`forward(params, phi, *args, dropout_key=None, **kwargs)`, as `Peft.wrap` makes it.
+
+    Attributes:
+      peft: the plan.
+      fn: the function that it wraps.
+      begins: whether the tokens of a call are the first of their sequences.
+    """
+
+    peft: Peft
+    fn: ApplyFn
+    begins: bool = True
+
+    @property
+    def continued(self) -> 'PeftForward':
+        """The same for tokens that follow others: virtual tokens were read before them."""
+        return dataclasses.replace(self, begins=False)
+
+    def __call__(
+        self, params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+    ) -> PyTree:
+        """The wrapped function with the method in place."""
+        call = self.peft._call
+        return call(self.fn, Notes(), params, phi, dropout_key, args, kwargs, self.begins)
 
 
 def _at(phi: Phi, keys: Sequence[str]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from peftjax._attach import attach
 from peftjax._chain import Chain
 from peftjax._method import Method
-from peftjax._peft import Peft
+from peftjax._peft import PeftForward
 from peftjax._types import ApplyFn, Array, Phi, PyTree
 from peftjax.methods.adapter import Adapter
 from peftjax.methods.lora import Lora
@@ -26,11 +26,11 @@ class Forward:
 
     Attributes:
       peft: the plan behind it, for `merge`, `pj.save` or wrapping other functions.
+      continued: the forward of what follows a beginning that was read through a cache.
     """
 
-    def __init__(self, peft: Peft, apply_fn: ApplyFn):
-        self.peft = peft
-        wrapped = peft.wrap(apply_fn)
+    def __init__(self, wrapped: PeftForward):
+        self.peft, self._wrapped = wrapped.peft, wrapped
 
         @functools.partial(jax.jit, static_argnums=0)
         def run(static: Any, params: PyTree, phi: Phi, arrays: Sequence[Array]) -> PyTree:
@@ -41,6 +41,11 @@ class Forward:
             return wrapped(params, phi, *args, **kwargs)
 
         self._run = run
+
+    @functools.cached_property
+    def continued(self) -> 'Forward':
+        """The same for tokens that follow others, where virtual tokens were read before them."""
+        return Forward(self._wrapped.continued)
 
     def __call__(self, params: PyTree, phi: Phi, *args: Any, **kwargs: Any) -> PyTree:
         """Calls the wrapped function."""
@@ -112,7 +117,7 @@ def method_wrap(
       True
     """
     peft = attach(method, apply_fn, params, *args, **(kwargs or {}))
-    return Wrapped(Forward(peft, apply_fn), jax.jit(peft.init)(key, params))
+    return Wrapped(Forward(peft.wrap(apply_fn)), jax.jit(peft.init)(key, params))
 
 
 def lora_wrap(

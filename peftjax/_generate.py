@@ -1,0 +1,284 @@
+"""Text from a language model: the prompt is read once, then one token at a time follows.
+
+Prompts are moved to the end of their rows, so that every row's next token follows the last slot.
+All but the last token of the prompt are read at once, without logits; the loop begins with it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax._types import Array, Forward, Phi, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    Attributes:
+      temperature: logits are divided by it; above 0.
+      top_k: only so many of the likeliest tokens may be drawn; None is all.
+      top_p: only the likeliest tokens that together have this probability may be drawn, at least
+        one; 1 is all. Applied after `top_k`.
+
+    Raises:
+      ValueError: a value out of its range.
+
+    Example:
+      >>> import peftjax as pj
+      >>> pj.Sampling(temperature=0.7, top_p=0.9)
+      Sampling(temperature=0.7, top_k=None, top_p=0.9)
+
+    Reference: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751
+    (top-p).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f'Sampling: temperature must be above 0; got {self.temperature!r}. The likeliest '
+                'token without drawing is sampling=None'
+            )
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f'Sampling: top_k must be None or a number from 1; got {self.top_k!r}')
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f'Sampling: top_p must be above 0, at most 1; got {self.top_p!r}')
+
+    def draw(self, key: Array, logits: Array) -> Array:
+        """Draws tokens.
+
+        Args:
+          key: typed PRNG key.
+          logits: `(batch, vocabulary)`.
+
+        Returns:
+          int32 `(batch,)`.
+        """
+        logits = logits.astype(jnp.float32) / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p < 1:
+            logits = jnp.where(logits < _nucleus(logits, self.top_p), -jnp.inf, logits)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def _nucleus(logits: Array, mass: float) -> Array:
+    """The least logit of the likeliest tokens that together have some probability, `(batch, 1)`."""
+    falling = -jnp.sort(-logits, axis=-1)
+    odds = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(odds, axis=-1) - odds
+    return jnp.where(before < mass, falling, jnp.inf).min(axis=-1, keepdims=True)
+
+
+class Generated(NamedTuple):
+    """What was generated.
+
+    Attributes:
+      tokens: int32 `(batch, length)`; `pad_id` after a row's end.
+      lengths: int32 `(batch,)`, how many are tokens of the row, the stop token among them.
+      log_probs: float32 `(batch, length)`, what the model gives each token, whatever the sampling;
+        0 after the end.
+    """
+
+    tokens: Array
+    lengths: Array
+    log_probs: Array
+
+
+class _Plan(NamedTuple):
+    """What is static in a run."""
+
+    prefill: Forward
+    decode: Forward
+    init_cache: Callable[[int, int], Any]
+    virtual: int
+    counted: bool
+    length: int
+    sampling: Sampling | None
+    stop: tuple[int, ...]
+    pad_id: int
+
+
+def generate(
+    forward: Forward,
+    params: PyTree,
+    phi: Phi,
+    tokens: Array,
+    attention_mask: Array | None = None,
+    *,
+    init_cache: Callable[[int, int], Any],
+    length: int,
+    sampling: Sampling | None = None,
+    key: Array | None = None,
+    stop: Sequence[int] = (),
+    pad_id: int = 0,
+) -> Generated:
+    """Continues prompts, by a model with a static cache of keys and values.
+
+    Compiled once for each forward, shape of prompts and setting; the loop ends early when all rows
+    have ended. Any method works: those of virtual tokens are read once, with the prompt.
+
+    Args:
+      forward: `forward(params, phi, ids, attention_mask=…, cache=…) -> (logits, cache)`: from the
+        front door (`pj.lora_wrap(…)`), from `peft.wrap(model.apply_fn)`, or a function of one's
+        own that takes no virtual tokens.
+      params: the model's parameters.
+      phi: as from `Peft.init`.
+      tokens: int `(batch, tokens)`, prompts, padded on either side.
+      attention_mask: `(batch, tokens)`, nonzero at real tokens; None is all. Each row needs one.
+      init_cache: `(batch, slots) -> cache`, an empty cache, such as `model.init_cache`.
+      length: the most tokens to generate.
+      sampling: how tokens are drawn; None takes the likeliest (greedy).
+      key: typed PRNG key, for sampling.
+      stop: tokens that end a row.
+      pad_id: what follows the end of a row.
+
+    Returns:
+      Tokens, their numbers, and their log-probabilities.
+
+    Raises:
+      ValueError: no tokens, a length below 1, sampling without a key or a key without sampling.
+
+    Example:
+      >>> import jax, peftjax as pj
+      >>> from peftjax.models import Decoder, read_decoder_config
+      >>> model = Decoder(read_decoder_config({'model_type': 'llama', 'vocab_size': 64,
+      ...     'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+      ...     'intermediate_size': 24}))
+      >>> ids = jax.numpy.array([[5, 6, 7]])
+      >>> params = model.init(jax.random.key(0), ids)['params']
+      >>> forward, phi = pj.lora_wrap(
+      ...     model.apply_fn, params, ids, key=jax.random.key(1), rank=2, target='q_proj')
+      >>> out = pj.generate(forward, params, phi, ids, init_cache=model.init_cache, length=4)
+      >>> out.tokens.shape, int(out.lengths[0])
+      ((1, 4), 4)
+    """
+    _check(tokens, length, sampling, key)
+    prefill, decode, rooms = _forwards(forward)
+    plan = _Plan(
+        prefill,
+        decode,
+        init_cache,
+        sum(room.length for room in rooms),
+        any(not room.shift for room in rooms),
+        length,
+        sampling,
+        tuple(int(token) for token in stop),
+        pad_id,
+    )
+    mask = jnp.ones(tokens.shape) if attention_mask is None else jnp.asarray(attention_mask)
+    key = jax.random.key(0) if key is None else key  # nothing is drawn without sampling
+    return _run(plan, params, phi, jnp.asarray(tokens), mask.astype(jnp.bool_), key)
+
+
+def _check(tokens: Array, length: int, sampling: Sampling | None, key: Array | None) -> None:
+    if tokens.ndim != 2 or not tokens.shape[1]:
+        raise ValueError(
+            f'tokens must be (batch, tokens) with a token at least, to begin with; got shape '
+            f'{tokens.shape}. Give the beginning-of-text token'
+        )
+    if length < 1:
+        raise ValueError(f'length must be at least 1; got {length}')
+    if (sampling is None) != (key is None):
+        raise ValueError(
+            'sampling and key go together: a key draws, and without sampling nothing is drawn; '
+            f'got sampling={sampling}, key={key}'
+        )
+
+
+def _forwards(forward: Forward) -> tuple[Forward, Forward, tuple[Any, ...]]:
+    """The forward of the prompt, that of what follows, and the virtual tokens read between."""
+    peft = getattr(forward, 'peft', None)
+    if peft is None:
+        return forward, forward, ()
+    rooms = tuple(part.virtual for _, part in peft.method.parts if part.virtual is not None)
+    return forward, forward.continued if rooms else forward, rooms
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    plan: _Plan, params: PyTree, phi: Phi, tokens: Array, mask: Array, key: Array
+) -> Generated:
+    tokens, mask = _to_the_end(tokens, mask)
+    if plan.virtual and tokens.shape[1] == 1:
+        # Virtual tokens are read with the prompt's beginning: there must be one.
+        tokens, mask = (jnp.pad(x, ((0, 0), (1, 0))) for x in (tokens, mask))
+    batch, width = tokens.shape
+    cache = plan.init_cache(batch, plan.virtual + width + plan.length)
+    positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    if width > 1:
+        where = {'position_ids': jnp.maximum(positions[:, :-1], 0)} if plan.counted else {}
+        real = mask[:, :-1].astype(jnp.int32)
+        _, cache = plan.prefill(
+            params, phi, tokens[:, :-1], attention_mask=real, cache=cache, **where
+        )
+    return _loop(plan, params, phi, tokens[:, -1], positions[:, -1], cache, key)
+
+
+def _to_the_end(tokens: Array, mask: Array) -> tuple[Array, Array]:
+    """Rows whose last token is real."""
+    width = tokens.shape[1]
+    last = width - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    index = (jnp.arange(width)[None] + last[:, None] + 1) % width
+    take = lambda x: jnp.take_along_axis(x, index, axis=1)
+    return take(tokens), take(mask)
+
+
+class _Carry(NamedTuple):
+    step: Array
+    token: Array
+    cache: Any
+    ended: Array
+    out: Generated
+
+
+def _loop(
+    plan: _Plan, params: PyTree, phi: Phi, token: Array, position: Array, cache: Any, key: Array
+) -> Generated:
+    batch = len(token)
+    stop = jnp.asarray(plan.stop, jnp.int32)
+
+    def more(carry: _Carry) -> Array:
+        return (carry.step < plan.length) & ~carry.ended.all()
+
+    def body(carry: _Carry) -> _Carry:
+        step, token, cache, ended, out = carry
+        where = {'position_ids': (position + step)[:, None]} if plan.counted else {}
+        logits, cache = plan.decode(params, phi, token[:, None], cache=cache, **where)
+        logits = logits[:, -1].astype(jnp.float32)
+        token = _next(plan, jax.random.fold_in(key, step), logits)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        token = jnp.where(ended, plan.pad_id, token)
+        out = Generated(
+            out.tokens.at[:, step].set(token),
+            out.lengths + (~ended).astype(jnp.int32),
+            out.log_probs.at[:, step].set(jnp.where(ended, 0, log_prob)),
+        )
+        ended = ended | (token[:, None] == stop[None]).any(axis=1)
+        return _Carry(step + 1, token, cache, ended, out)
+
+    empty = Generated(
+        jnp.full((batch, plan.length), plan.pad_id, jnp.int32),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros((batch, plan.length), jnp.float32),
+    )
+    first = _Carry(
+        jnp.zeros((), jnp.int32), token.astype(jnp.int32), cache, jnp.zeros(batch, bool), empty
+    )
+    return lax.while_loop(more, body, first).out
+
+
+def _next(plan: _Plan, key: Array, logits: Array) -> Array:
+    if plan.sampling is None:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    return plan.sampling.draw(key, logits)

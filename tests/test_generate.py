@@ -1,0 +1,210 @@
+"""Generation with a cache against the whole forward, token by token, for every method."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peftjax as pj
+from peftjax.models import Decoder, read_decoder_config
+
+CONFIG = read_decoder_config(
+    {
+        'model_type': 'llama',
+        'vocab_size': 37,
+        'hidden_size': 16,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 4,
+        'num_key_value_heads': 2,
+        'intermediate_size': 24,
+        'max_position_embeddings': 64,
+        'initializer_range': 0.4,
+    }
+)
+MODEL = Decoder(CONFIG)
+IDS = jnp.array([[5, 9, 2, 30, 11], [8, 4, 21, 7, 3]], jnp.int32)
+PARAMS = jax.jit(MODEL.init)(jax.random.key(0), IDS)['params']
+LINEAR = 'q_proj|v_proj|down_proj'
+METHODS = {
+    'lora': pj.Lora(target=LINEAR, rank=2),
+    'dora': pj.Dora(target=LINEAR, rank=2),
+    'ia3': pj.Ia3(target='k_proj|v_proj'),
+    'adapter': pj.HOULSBY,
+    'trainable': pj.Trainable(target='norm'),
+    'prompt': pj.PromptTuning(length=3),
+    'prefix': pj.PrefixTuning(length=3),
+    'prefix without shift': pj.PrefixTuning(length=3, shift=False),
+    'chain': pj.chain(pj.Lora(target=LINEAR, rank=2), pj.PromptTuning(length=2), pj.PrefixTuning()),
+}
+LENGTH = 5
+
+
+@functools.cache
+def adapted(name):
+    """A plan, and a phi away from its start."""
+    ids = {'position_ids': jnp.zeros_like(IDS)} if 'without shift' in name else {}
+    peft = pj.attach(METHODS[name], MODEL.apply_fn, PARAMS, IDS, **ids)
+    fresh = peft.init(jax.random.key(1), PARAMS)
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return peft, jax.tree.unflatten(tree, moved)
+
+
+def by_whole_forwards(forward, phi, ids, length, counted=False):
+    """The likeliest next token of the whole text so far, again and again."""
+    width = ids.shape[1] + length
+    text = jnp.pad(ids, ((0, 0), (0, length)))
+    slots = jnp.arange(width)[None]
+
+    @jax.jit
+    def next_token(text, count):
+        where = {'position_ids': jnp.broadcast_to(slots, text.shape)} if counted else {}
+        mask = jnp.broadcast_to(slots < count, text.shape).astype(jnp.int32)
+        logits = forward(PARAMS, phi, text, attention_mask=mask, **where)
+        return jnp.take_along_axis(logits, (count - 1)[None, None, None], 1)[:, 0].argmax(-1)
+
+    for count in range(ids.shape[1], width):
+        text = text.at[:, count].set(next_token(text, jnp.array(count)))
+    return text[:, -length:]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_cache_changes_no_token(name):
+    peft, phi = adapted(name)
+    forward = peft.wrap(MODEL.apply_fn)
+    out = pj.generate(forward, PARAMS, phi, IDS, init_cache=MODEL.init_cache, length=LENGTH)
+    expected = by_whole_forwards(forward, phi, IDS, LENGTH, 'without shift' in name)
+    np.testing.assert_array_equal(out.tokens, expected)
+    np.testing.assert_array_equal(out.lengths, [LENGTH, LENGTH])
+    base = pj.generate(
+        lambda p, phi, *a, **k: MODEL.apply_fn(p, *a, **k), PARAMS, {}, IDS,
+        init_cache=MODEL.init_cache, length=LENGTH,
+    )  # fmt: skip
+    assert (base.tokens != out.tokens).any()
+
+
+@pytest.mark.parametrize('name', ['lora', 'prefix'])
+def test_padding_on_either_side_changes_nothing(name):
+    peft, phi = adapted(name)
+    run = functools.partial(
+        pj.generate, peft.wrap(MODEL.apply_fn), PARAMS, phi,
+        init_cache=MODEL.init_cache, length=LENGTH,
+    )  # fmt: skip
+    short = jnp.array([[5, 9, 2, 30, 11], [0, 0, 21, 7, 3], [21, 7, 3, 0, 0]], jnp.int32)
+    mask = jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    out = run(short, mask)
+    np.testing.assert_array_equal(out.tokens[0], run(IDS[:1]).tokens[0])
+    alone = run(short[1:2, 2:])
+    np.testing.assert_array_equal(out.tokens[1:], np.repeat(alone.tokens, 2, 0))
+    np.testing.assert_allclose(out.log_probs[1:], np.repeat(alone.log_probs, 2, 0), atol=1e-5)
+
+
+def test_one_token_prompts_after_virtual_tokens():
+    peft, phi = adapted('prompt')
+    forward = peft.wrap(MODEL.apply_fn)
+    one = IDS[:, :1]
+    out = pj.generate(forward, PARAMS, phi, one, init_cache=MODEL.init_cache, length=3)
+    np.testing.assert_array_equal(out.tokens, by_whole_forwards(forward, phi, one, 3))
+
+
+def test_the_front_door_knows_what_continues():
+    forward, phi = pj.method_wrap(
+        METHODS['prefix'], MODEL.apply_fn, PARAMS, IDS, key=jax.random.key(1)
+    )
+    run = functools.partial(pj.generate, init_cache=MODEL.init_cache, length=3)
+    out = run(forward, PARAMS, phi, IDS)
+    same = run(forward.peft.wrap(MODEL.apply_fn), PARAMS, phi, IDS)
+    np.testing.assert_array_equal(out.tokens, same.tokens)
+
+
+def test_a_stop_token_ends_its_row_and_all_rows_end_the_loop():
+    peft, phi = adapted('lora')
+    run = functools.partial(
+        pj.generate, peft.wrap(MODEL.apply_fn), PARAMS, phi, IDS,
+        init_cache=MODEL.init_cache, pad_id=36,
+    )  # fmt: skip
+    free = run(length=8)
+    stops = [int(free.tokens[0, 2]), int(free.tokens[1, 4])]
+    ends = [1 + min(int(np.argmax(np.asarray(free.tokens[row]) == s)) for s in stops
+                    if s in free.tokens[row]) for row in (0, 1)]  # fmt: skip
+    out = run(length=8, stop=stops)
+    np.testing.assert_array_equal(out.lengths, ends)
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(out.tokens[row, :end], free.tokens[row, :end])
+        assert (out.tokens[row, end:] == 36).all() and not out.log_probs[row, end:].any()
+
+
+def test_log_probs_are_those_of_the_whole_forward():
+    peft, phi = adapted('lora')
+    forward = jax.jit(peft.wrap(MODEL.apply_fn))
+    out = pj.generate(
+        peft.wrap(MODEL.apply_fn), PARAMS, phi, IDS, init_cache=MODEL.init_cache, length=LENGTH,
+        sampling=pj.Sampling(temperature=1.5), key=jax.random.key(5),
+    )  # fmt: skip
+    text = jnp.concatenate([IDS, out.tokens], 1)
+    scores = jax.nn.log_softmax(forward(PARAMS, phi, text))[:, IDS.shape[1] - 1 : -1]
+    picked = jnp.take_along_axis(scores, out.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(out.log_probs, picked, rtol=1e-4, atol=1e-4)
+
+
+LOGITS = jnp.log(jnp.array([0.5, 0.2, 0.15, 0.1, 0.05]))
+
+
+@pytest.mark.parametrize(
+    ('sampling', 'odds'),
+    [
+        (pj.Sampling(), [0.5, 0.2, 0.15, 0.1, 0.05]),
+        (pj.Sampling(temperature=0.5), np.array([0.5, 0.2, 0.15, 0.1, 0.05]) ** 2 / 0.325),
+        (pj.Sampling(top_k=2), [5 / 7, 2 / 7, 0, 0, 0]),
+        (pj.Sampling(top_p=0.75), [0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0, 0]),
+        (pj.Sampling(top_p=0.01), [1, 0, 0, 0, 0]),
+        (pj.Sampling(top_k=3, top_p=0.6), [5 / 7, 2 / 7, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_by_their_odds(sampling, odds):
+    count = 20000
+    drawn = sampling.draw(jax.random.key(0), jnp.broadcast_to(LOGITS, (count, 5)))
+    found = np.bincount(drawn, minlength=5) / count
+    assert found[np.array(odds) == 0].sum() == 0
+    np.testing.assert_allclose(found, odds, atol=5 * 0.5 / np.sqrt(count))
+
+
+def test_one_program_serves_every_call():
+    peft, phi = adapted('lora')
+    traces = []
+
+    def apply(*args, **kwargs):
+        traces.append(1)
+        return MODEL.apply_fn(*args, **kwargs)
+
+    for _ in range(2):  # a forward made anew is the same forward
+        pj.generate(peft.wrap(apply), PARAMS, phi, IDS, init_cache=MODEL.init_cache, length=2)
+    first = len(traces)
+    pj.generate(peft.wrap(apply), PARAMS, phi, IDS + 1, init_cache=MODEL.init_cache, length=2)
+    assert len(traces) == first == 2
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'tokens': IDS[:, :0]}, 'a token at least'),
+        ({'length': 0}, 'length must be at least 1; got 0'),
+        ({'sampling': pj.Sampling()}, 'sampling and key go together'),
+        ({'key': jax.random.key(0)}, 'sampling and key go together'),
+    ],
+)
+def test_errors(change, message):
+    peft, phi = adapted('lora')
+    call = dict(tokens=IDS, init_cache=MODEL.init_cache, length=2) | change
+    with pytest.raises(ValueError, match=message):
+        pj.generate(peft.wrap(MODEL.apply_fn), PARAMS, phi, call.pop('tokens'), **call)
+
+
+@pytest.mark.parametrize('field', [{'temperature': 0}, {'top_k': 0}, {'top_p': 0}, {'top_p': 1.1}])
+def test_sampling_is_checked(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        pj.Sampling(**field)
