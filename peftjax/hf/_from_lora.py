@@ -216,7 +216,9 @@ def _experts(
         fits = [
             order
             for order in itertools.permutations(names)
-            if all(_fits(stored, level, name, model) for level, name in zip(levels, order))
+            if all(
+                _fits(stored, level, name, model) for level, name in zip(levels, order, strict=True)
+            )
         ]
         if len(fits) != 1:
             raise ValueError(

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peftjax import _manifest, _names
+from peftjax import _manifest, _names, _paths
 from peftjax._attach import attach
 from peftjax._discover import sites
 from peftjax._manifest import CheckpointError
 from peftjax._peft import Peft
 from peftjax._types import ApplyFn, Phi, PyTree
+from peftjax._virtual import POSITIONS
 from peftjax.hf._config import Fields
 from peftjax.hf._from_hub import plan_hub
 from peftjax.hf._from_peft import plan_peft
@@ -157,6 +158,7 @@ def open_adapter(
             f'unknown: {", ".join(plan.unknown[:10])} ({len(plan.unknown)} in all). Pass strict=False to '
             'ignore them'
         )
+    _check_positions(plan, args, kwargs)
     peft = attach(plan.method, apply_fn, params, *args, **kwargs)
     found = layouts(peft, model.table)
     extra = check(found, plan.rewritten(stored.tensors), stored)
@@ -167,6 +169,21 @@ def open_adapter(
             'another base? Pass strict=False to ignore them'
         )
     return Opened(stored, plan, peft, found, fields, (*plan.unknown, *extra))
+
+
+def _check_positions(plan: Plan, args: Any, kwargs: Any) -> None:
+    """AdapterHub's virtual tokens in front leave the positions of real tokens as they are."""
+    leaves = _paths.leaves({**{str(i): arg for i, arg in enumerate(args)}, **kwargs})
+    if any(path.rpartition('/')[2] in POSITIONS for path in leaves):
+        return
+    for part in plan.methods.values():
+        room = part.virtual
+        if room is not None and room.side == 'front' and not room.shift:
+            raise ValueError(
+                "AdapterHub's virtual tokens do not count in the positions of the real ones: "
+                f'{type(part).__name__} needs positions among the arguments, by a keyword such as '
+                f'{POSITIONS[0]}'
+            )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

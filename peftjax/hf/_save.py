@@ -82,6 +82,7 @@ def save_adapter(
         raise ValueError(
             "PEFT needs the task of virtual tokens: task_type='CAUSAL_LM', for example"
         )
+    _check_head(task_type, export)
     config = {
         'base_model_name_or_path': base_model,
         'task_type': task_type,
@@ -90,6 +91,19 @@ def save_adapter(
     }
     _write(target, config, export.tensors, overwrite)
     return target
+
+
+def _check_head(task_type: str | None, export: Export) -> None:
+    """PEFT takes it for granted that a classifier is trained with its adapter."""
+    if task_type not in ('SEQ_CLS', 'TOKEN_CLS'):
+        return
+    saved = export.config.get('modules_to_save', [])
+    heads = {path.partition('/')[0] for path in export.paths} & {'classifier', 'score'}
+    if missing := sorted(heads - {name.partition('.')[0] for name in saved}):
+        raise ValueError(
+            f'with task_type={task_type!r} PEFT wants {missing[0]!r} trained in full beside the '
+            'adapter: add pj.Trainable for it to the chain, or pass no task_type'
+        )
 
 
 def _write(

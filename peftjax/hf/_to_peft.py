@@ -118,12 +118,12 @@ class Export:
         return found
 
     def _ia3(self, part: Ia3, sites: tuple[Site, ...], phi: Any) -> None:
-        inputs = tuple(site for site in sites if part.feeds(site))
-        chosen = self._modules(sites)
-        forward = suffixes(self._modules(inputs), list(chosen), self.naming)
+        inputs = self._modules(site for site in sites if part.feeds(site))
+        outputs = self._modules(site for site in sites if not part.feeds(site))
+        forward, rest = (suffixes(c, self._weights(), self.naming) for c in (inputs, outputs))
         self.config |= {
             'peft_type': 'IA3',
-            'target_modules': suffixes(chosen, self._weights(), self.naming),
+            'target_modules': sorted({*forward, *rest}),
             'feedforward_modules': forward,
             'fan_in_fan_out': False,
             'init_ia3_weights': True,
@@ -222,7 +222,7 @@ class Export:
         self.tensors |= {f'{start}{name}': tensor for name, tensor in values.items()}
 
     def _write_biases(self, values: Mapping[str, np.ndarray]) -> None:
-        every = {name for path in self.paths if (name := self._plain(path)).endswith('.bias')}
+        every = {name for path in self.paths if (name := self.naming(path)).endswith('.bias')}
         own = {name for m in self.adapted if _layers(name := f'{m}.bias') in map(_layers, every)}
         trained = set(values)
         which = 'lora_only' if trained == own else 'all' if own < trained else None
@@ -236,9 +236,6 @@ class Export:
             owner = name.removesuffix('.bias')
             middle = '.base_layer' if owner in self.adapted else ''
             self.tensors[f'base_model.model.{owner}{middle}.bias'] = tensor
-
-    def _plain(self, path: Path) -> str:
-        return self.naming(path)
 
     def _store(self, part: Method, sites: tuple[Site, ...], phi: Any, middle: str = '') -> None:
         for site in sites:
