@@ -99,7 +99,7 @@ def load_labelled(
     path = pathlib.Path(path)
     parse = _parser(path)
     texts, values = [], []
-    for line, row in parse(path, _read(path)):
+    for line, row in parse(path, read(path)):
         if missing := [column for column in (text, label) if row.get(column) is None]:
             raise ValueError(
                 f'{path}, line {line}: every example needs the columns {text!r} and {label!r}; '
@@ -131,7 +131,7 @@ def default_messages() -> tuple[Examples, Examples]:
     return train, load_labelled(MESSAGES / 'test.jsonl', names=train.names)
 
 
-def _read(path: pathlib.Path) -> str:
+def read(path: pathlib.Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f'no such file: {path} (looked in {pathlib.Path.cwd()}).')
     try:
@@ -146,13 +146,13 @@ def _read(path: pathlib.Path) -> str:
 
 
 def _parser(path: pathlib.Path) -> Callable[[pathlib.Path, str], _Rows]:
-    parsers = {'.jsonl': _jsonl_rows, '.csv': _csv_rows}
+    parsers = {'.jsonl': jsonl_rows, '.csv': _csv_rows}
     if (kind := path.suffix.lower()) not in parsers:
         raise ValueError(f'{path} must end in {" or ".join(parsers)}: received {kind!r}.')
     return parsers[kind]
 
 
-def _jsonl_rows(path: pathlib.Path, content: str) -> _Rows:
+def jsonl_rows(path: pathlib.Path, content: str) -> _Rows:
     for number, line in enumerate(content.split('\n'), 1):  # JSON may hold other line separators
         if not line.strip():
             continue
@@ -162,7 +162,7 @@ def _jsonl_rows(path: pathlib.Path, content: str) -> _Rows:
             raise ValueError(f'{path}, line {number} must be JSON: {error.msg}.') from error
         if not isinstance(row, dict):
             raise ValueError(
-                f'{path}, line {number} must be a JSON object like {{"text": ..., "label": ...}}: '
+                f'{path}, line {number} must be a JSON object like {{"text": ..., ...}}: '
                 f'received {line.strip()[:40]!r}.'
             )
         yield number, row
