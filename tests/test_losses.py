@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quick import jit
 from zoo import ids, normal
 
 import peftjax as pj
@@ -67,18 +68,19 @@ def test_values_and_gradients_are_those_of_the_formula(name: str):
 
     by_hand = lambda hidden, head, floats: plain(hidden, head, TARGETS, **floats, **other)
     both = lambda fn: jax.value_and_grad(fn, argnums=(0, 1, 2), has_aux=True)
-    close(jax.jit(both(fused))(HIDDEN, HEAD, floats), both(by_hand)(HIDDEN, HEAD, floats))
+    close(*(jit(both(fn))(HIDDEN, HEAD, floats) for fn in (fused, by_hand)))
 
 
 @pytest.mark.parametrize('chunk', [1, 8, 30, 104, 1000])
 def test_the_chunk_changes_nothing(chunk: int):
     fn = lambda hidden: next_token_loss(hidden, HEAD, TARGETS, chunk=chunk).mean
-    close(jax.value_and_grad(fn)(HIDDEN), jax.value_and_grad(plain_mean)(HIDDEN, HEAD))
+    close(jit(jax.value_and_grad(fn))(HIDDEN), jit(jax.value_and_grad(plain_mean))(HIDDEN, HEAD))
 
 
 def test_totals_and_counts_of_parts_add_up():
     whole = next_token_loss(HIDDEN, HEAD, TARGETS)
-    parts = [next_token_loss(HIDDEN[i], HEAD, TARGETS[i]) for i in range(BATCH)]
+    one = jit(lambda i: next_token_loss(HIDDEN[i], HEAD, TARGETS[i]))
+    parts = [one(i) for i in range(BATCH)]
     total, count = (sum(part[i] for part in parts) for i in range(2))
     close((total, count), whole)
     assert int(count) == int((TARGETS >= 0).sum())
@@ -92,10 +94,8 @@ def test_nothing_to_learn_is_a_loss_of_zero_with_zero_gradients():
 def test_what_lies_at_padding_has_no_say():
     real = (TARGETS >= 0)[..., None]
     broken = jnp.where(real, HIDDEN, jnp.nan)
-    close(
-        jax.value_and_grad(mean, (0, 1))(broken, HEAD),
-        jax.value_and_grad(mean, (0, 1))(HIDDEN, HEAD),
-    )
+    both = jit(jax.value_and_grad(mean, (0, 1)))
+    close(both(broken, HEAD), both(HIDDEN, HEAD))
 
 
 def test_a_target_beyond_the_vocabulary_is_not_taken_for_another():
@@ -157,8 +157,8 @@ def test_a_narrow_model_has_narrow_products_and_a_wide_loss():
     narrow = [array.astype(jnp.bfloat16) for array in (HIDDEN, HEAD, BIAS)]
     run = lambda hidden, head, bias: mean(hidden, head, bias=bias)
     both = jax.value_and_grad(run, (0, 1, 2))
-    value, grads = jax.jit(both)(*narrow)
-    wide_value, wide_grads = both(*(array.astype(jnp.float32) for array in narrow))
+    value, grads = jit(both)(*narrow)
+    wide_value, wide_grads = jit(both)(*(array.astype(jnp.float32) for array in narrow))
     assert value.dtype == jnp.float32 and {g.dtype for g in grads} == {jnp.dtype('bfloat16')}
     close(value, wide_value)  # only the way back is rounded
     close(jax.tree.map(lambda g: g.astype(jnp.float32), grads), wide_grads, 1e-2)
@@ -171,12 +171,12 @@ def test_gradients_of_gradients():
         inner = jax.grad(fn, (0, 1))
         return lambda *args: sum((g**2).sum() for g in inner(*args))
 
-    close(*(jax.jit(jax.grad(norm(f), (0, 1)))(HIDDEN, HEAD) for f in (mean, plain_mean)), 1e-5)
+    close(*(jit(jax.grad(norm(f), (0, 1)))(HIDDEN, HEAD) for f in (mean, plain_mean)), 1e-5)
     # the inner gradient alone does not ask for that of the head
     mixed = lambda fn: jax.grad(lambda h, w: (jax.grad(fn)(h, w) ** 2).sum(), 1)
-    close(*(mixed(f)(HIDDEN, HEAD) for f in (mean, plain_mean)), 1e-5)
-    push = lambda fn: jax.jvp(lambda h: jax.grad(fn)(h, HEAD), (HIDDEN,), (HIDDEN,))
-    close(push(mean), push(plain_mean), 1e-5)
+    close(*(jit(mixed(f))(HIDDEN, HEAD) for f in (mean, plain_mean)), 1e-5)
+    push = lambda fn: jit(lambda h: jax.jvp(lambda h: jax.grad(fn)(h, HEAD), (h,), (h,)))
+    close(push(mean)(HIDDEN), push(plain_mean)(HIDDEN), 1e-5)
 
 
 def test_forward_mode_is_refused():
@@ -186,16 +186,15 @@ def test_forward_mode_is_refused():
 
 def test_under_vmap_remat_and_scan():
     heads = jnp.stack([HEAD, 2 * HEAD])
-    wanted = jax.vmap(jax.grad(plain_mean, (0, 1)), (None, 0))(HIDDEN, heads)
-    close(jax.vmap(jax.grad(mean, (0, 1)), (None, 0))(HIDDEN, heads), wanted)
+    mapped = lambda fn: jit(jax.vmap(jax.grad(fn, (0, 1)), (None, 0)))(HIDDEN, heads)
+    wanted = mapped(plain_mean)
+    close(mapped(mean), wanted)
     summed = lambda h, w: jax.vmap(mean, (None, 0))(h, w).sum()
-    close(jax.grad(summed, 1)(HIDDEN, heads), wanted[1])
-    close(jax.grad(summed)(HIDDEN, heads), wanted[0].sum(0))
     scanned = lambda h, w: jax.lax.scan(
         lambda s, w: (s + jax.checkpoint(mean)(h, w), None), jnp.zeros(()), w
     )[0]
-    close(jax.grad(scanned, 1)(HIDDEN, heads), wanted[1])
-    close(jax.grad(scanned)(HIDDEN, heads), wanted[0].sum(0))
+    for fn in (summed, scanned):
+        close(jit(jax.grad(fn, (0, 1)))(HIDDEN, heads), (wanted[0].sum(0), wanted[1]))
     assert made_and_used(jax.grad(scanned), HIDDEN, heads)[0] == 0
 
 
@@ -208,7 +207,7 @@ def test_on_a_mesh_the_batch_and_the_vocabulary_stay_where_they_are(kind: AxisTy
     with jax.set_mesh(mesh):
         program = jax.jit(step).lower(*args).compile()
     value, (of_hidden, of_head) = program(*args)
-    close((value, (of_hidden, of_head)), step(HIDDEN, HEAD, TARGETS))
+    close((value, (of_hidden, of_head)), jit(step)(HIDDEN, HEAD, TARGETS))
     assert of_hidden.sharding.spec[0] == 'data' and of_head.sharding.spec[1] == 'model'
     assert not any(name in program.as_text() for name in ('all-gather(', 'all-to-all('))
 
@@ -257,8 +256,8 @@ def test_an_adapted_head_is_exact_and_served_where_it_is_used(name: str):
     peft = pj.attach(method, fused, MODEL, *args)
     assert 'dense' not in str(peft)
     phi = moved(peft.init(jax.random.key(0), MODEL))
-    step = lambda fn: jax.jit(jax.value_and_grad(lambda phi: peft.wrap(fn)(MODEL, phi, *args)))
-    close(step(fused)(phi), step(by_hand)(phi), 1e-5)
+    step = lambda fn: jax.value_and_grad(lambda phi: peft.wrap(fn)(MODEL, phi, *args))
+    close(jit(step(fused))(phi), jit(step(by_hand))(phi), 1e-5)
     if 'lora' in name:
         made, used = made_and_used(step(fused), phi)
         assert (made, used) == (0, 2)
@@ -268,7 +267,7 @@ def test_an_adapted_head_is_exact_and_served_where_it_is_used(name: str):
             for g in jax.tree.leaves(jax.grad(lambda p: peft.wrap(fn)(MODEL, p, *args))(phi))
         )
     )
-    close(*(jax.jit(jax.grad(twice(f)))(phi) for f in (fused, by_hand)), 1e-4)
+    close(*(jit(jax.grad(twice(f)))(phi) for f in (fused, by_hand)), 1e-4)
 
 
 def test_an_adapted_head_under_vmap_over_phi_and_inside():
@@ -280,18 +279,14 @@ def test_an_adapted_head_under_vmap_over_phi_and_inside():
     start = moved(peft.init(jax.random.key(0), MODEL))
     phis = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), start)
     grads = [
-        jax.vmap(jax.grad(lambda phi, f=f: peft.wrap(f)(MODEL, phi, INPUTS, TARGETS)))(phis)
+        jit(jax.vmap(jax.grad(lambda phi, f=f: peft.wrap(f)(MODEL, phi, INPUTS, TARGETS))))(phis)
         for f in (fused, by_hand)
     ]
     close(*grads, 1e-5)
-    inside = jax.grad(lambda phi: peft.wrap(one_by_one)(MODEL, phi, INPUTS, TARGETS).sum())(start)
-    plainly = jax.grad(
-        lambda phi: sum(
-            peft.wrap(by_hand)(MODEL, phi, INPUTS[i : i + 1], TARGETS[i : i + 1])
-            for i in range(BATCH)
-        )
-    )(start)
-    close(inside, plainly, 1e-5)
+    summed = lambda fn: jit(jax.grad(lambda phi: peft.wrap(fn)(MODEL, phi, INPUTS, TARGETS).sum()))
+    row = lambda params, *row: by_hand(params, *(x[None] for x in row))
+    plainly = jax.vmap(row, (None, 0, 0))
+    close(summed(one_by_one)(start), summed(plainly)(start), 1e-5)
 
 
 def test_targets_of_labels():
