@@ -11,7 +11,7 @@ from peftjax._sites import Site
 from peftjax._types import Path
 
 Naming = Callable[[Path], str]
-"""From a path to Hugging Face's name of that parameter, `{}` where an index of stacked layers is."""
+"""From a path to Hugging Face's name of that parameter, `{}` where stacked layers are counted."""
 
 LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight'}
 """Flax's names of leaves, and PyTorch's."""

@@ -1,4 +1,4 @@
-"""From a stored adapter to phi: a method that computes the same, and its arrays from the tensors."""
+"""From a stored adapter to phi: a method that computes the same, its arrays from the tensors."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

@@ -36,7 +36,8 @@ HUB_SPELLING = (
     (r'^(.*\.)?prompt_tuning\.prompt_embedding\.weight$', 'prompt_embeddings'),
     (r'\.lora_([AB])$', r'.lora_\1.weight'),
     (r'\.m\.weight$', '.lora_magnitude_vector'),
-    (r'^.*?\.(\d+)\.(attention\.output|attention_adapters)\.(?=adapter_|gate|scaling)', r'@attention_output.\1.'),
+    (r'^.*?\.(\d+)\.(attention\.output|attention_adapters)\.(?=adapter_|gate|scaling)',
+     r'@attention_output.\1.'),
     (r'^.*?\.(\d+)\.(output|output_adapters)\.(?=adapter_|gate|scaling)', r'@mlp_output.\1.'),
 )  # fmt: skip
 """From the names of AdapterHub: the adapter's own name goes, places get the names of our zoo."""

@@ -77,7 +77,7 @@ class TrainableTokens(Method):
         }
 
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
-        """See `Method`: a product of rank `len(ids)`, one factor of which says which row is whose."""
+        """See `Method`: a product of rank `len(ids)`; one factor says which row is whose."""
         del key
         table = w.dense() if isinstance(w, StandIn) else w
         change = float32(phi['rows']) - self._rows(site, table)

@@ -1,0 +1,186 @@
+"""What the decoder's loader takes and writes, and what it refuses by name."""
+
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from peftjax.models import Decoder, load_decoder, read_decoder_config, save_decoder
+from peftjax.models._fill import by_path
+
+FIELDS = {
+    'model_type': 'llama',
+    'vocab_size': 40,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+}
+MIXTRAL = FIELDS | {'model_type': 'mixtral', 'num_local_experts': 4}
+QUERY = 'model.layers.1.self_attn.q_proj.weight'
+
+
+def write(folder, fields, change=None, **how):
+    """A folder of a fresh decoder, with other tensors where `change` edits them."""
+    from safetensors.numpy import save_file
+
+    config = read_decoder_config(fields)
+    params = Decoder(config).init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))['params']
+    save_decoder(folder, config, params, **how)
+    if change is not None:
+        tensors = load_file(folder / 'model.safetensors')
+        change(tensors)
+        save_file(tensors, folder / 'model.safetensors')
+    return folder
+
+
+def test_names_are_hugging_faces_and_layers_and_experts_are_stacked(tmp_path):
+    folder = write(tmp_path / 'mixtral', MIXTRAL)
+    with safe_open(folder / 'model.safetensors', 'numpy') as file:
+        name = 'model.layers.2.block_sparse_moe.experts.3.w2.weight'
+        assert file.get_slice(name).get_shape() == [16, 24]
+        stored = file.get_tensor(name)
+    scanned = by_path(load_decoder(folder).params)
+    experts = scanned['model/layers/block_sparse_moe/experts/w2/kernel']
+    assert experts.shape == (3, 4, 24, 16)
+    np.testing.assert_array_equal(experts[2, 3], stored.T)
+    flat = by_path(load_decoder(folder, scan_layers=False).params)
+    np.testing.assert_array_equal(
+        flat['model/layers/2/block_sparse_moe/experts/w2/kernel'][3], stored.T
+    )
+
+
+def test_shards_equal_the_single_file(tmp_path):
+    single = load_decoder(write(tmp_path / 'single', FIELDS))
+    folder = write(tmp_path / 'sharded', FIELDS, shard_bytes=4000)
+    index = json.loads((folder / 'model.safetensors.index.json').read_text())
+    assert len(set(index['weight_map'].values())) > 3
+    jax.tree.map(np.testing.assert_array_equal, single.params, load_decoder(folder).params)
+
+
+def test_a_checkpoint_without_the_prefix_and_with_buffers(tmp_path):
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix('model.')] = tensors.pop(name)
+        tensors['layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(2, np.float32)
+
+    here = load_decoder(write(tmp_path / 'one', FIELDS))
+    there = load_decoder(write(tmp_path / 'two', FIELDS, bare))
+    jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
+
+
+def test_leftover_and_unfilled_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=rf'1 parameters were not filled .*{QUERY[6:]}'):
+        load_decoder(write(tmp_path / 'a', FIELDS, lambda t: t.pop(QUERY)))
+    extra = lambda t: t.update({'model.layers.3.self_attn.q_proj.weight': t[QUERY].copy()})
+    with pytest.raises(ValueError, match=r'1 tensors were not used \(model\.layers\.3\.self'):
+        load_decoder(write(tmp_path / 'b', FIELDS, extra))
+    wide = lambda t: t.update({QUERY: np.ones((16, 8), np.float32)})
+    with pytest.raises(ValueError, match=rf"q_proj/kernel needs '{QUERY}' of shape \(16, 16\)"):
+        load_decoder(write(tmp_path / 'c', FIELDS, wide))
+
+
+def test_a_tied_head_may_be_stored_again_but_not_another(tmp_path):
+    tied = FIELDS | {'tie_word_embeddings': True}
+    name = 'model.embed_tokens.weight'
+    again = lambda t: t.update({'lm_head.weight': t[name].copy()})
+    assert 'lm_head' not in load_decoder(write(tmp_path / 'a', tied, again)).params
+    other = lambda t: t.update({'lm_head.weight': t[name] + 1})
+    with pytest.raises(ValueError, match=r"'lm_head.weight' must equal 'model.embed_tokens"):
+        load_decoder(write(tmp_path / 'b', tied, other))
+
+
+def test_each_device_gets_its_part(tmp_path):
+    folder = write(tmp_path / 'model', MIXTRAL)
+    mesh = jax.make_mesh((2, 2), ('x', 'y'), devices=jax.devices()[:4])
+
+    def sharding(path):
+        whole = path.endswith('scale')
+        if 'experts' in path:
+            return NamedSharding(mesh, P(None, 'x', 'y'))
+        return NamedSharding(mesh, P() if whole else P(*[None] * ('layers' in path), 'x'))
+
+    here, there = load_decoder(folder), load_decoder(folder, sharding=sharding, dtype=jnp.bfloat16)
+    for path, leaf in by_path(there.params).items():
+        assert leaf.sharding == sharding(path) and leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, by_path(here.params)[path].astype(jnp.bfloat16))
+
+
+def test_no_more_is_held_than_the_model_and_one_tensor(tmp_path):
+    fields = FIELDS | {'hidden_size': 128, 'intermediate_size': 256, 'vocab_size': 600}
+    folder = write(tmp_path / 'model', fields, shard_bytes=10**6)
+    mesh = jax.make_mesh((2,), ('x',), devices=jax.devices()[:2])
+    along = lambda path: NamedSharding(mesh, P('x') if 'embed' in path else P())
+    load_decoder(folder)  # imports, and what is traced once
+    for options in ({}, {'dtype': jnp.bfloat16}, {'sharding': along}):
+        tracemalloc.start()
+        params = load_decoder(folder, **options).params
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        model = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        largest = 4 * 600 * 128
+        assert model < peak < model + largest + 200_000, (options, model, peak)
+
+
+def test_only_what_is_the_configs_is_saved_and_nothing_is_replaced(tmp_path):
+    folder = write(tmp_path / 'model', FIELDS)
+    loaded = load_decoder(folder, dtype=jnp.bfloat16)
+    with pytest.raises(FileExistsError, match='something at .* already'):
+        save_decoder(folder, loaded.config, loaded.params)
+    body = {k: v for k, v in loaded.params['model'].items() if k != 'norm'}
+    with pytest.raises(ValueError, match=r"1 are missing \['model/norm/scale'\]"):
+        save_decoder(tmp_path / 'new', loaded.config, loaded.params | {'model': body})
+    assert not (tmp_path / 'new').exists()
+    save_decoder(tmp_path / 'new', loaded.config, loaded.params)
+    fields = json.loads((tmp_path / 'new' / 'config.json').read_text())
+    assert fields == FIELDS | {'torch_dtype': 'bfloat16'}
+    again = load_decoder(tmp_path / 'new', dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
+
+
+@pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+        ({'model_type': 'bloom'}, "model_type must be one of .*'bloom'"),
+        ({'vocab_size': None}, r"missing: \['vocab_size'\]"),
+        ({'hidden_act': 'mish'}, "activation must be one of .*'mish'"),
+        ({'num_key_value_heads': 3}, 'must be a multiple of the number of key and value heads'),
+        ({'rope_scaling': {'rope_type': 'mrope'}}, "rope_type must be one of .*'mrope'"),
+        ({'rope_scaling': {'rope_type': 'linear'}}, "must hold 'factor' for rope_type 'linear'"),
+        ({'quantization_config': {'bits': 4}}, 'quantization_config must be None'),
+        ({'model_type': 'gemma2', 'use_bidirectional_attention': True}, 'must be False'),
+        ({'model_type': 'qwen3_moe', 'mlp_only_layers': [0]}, r'mlp_only_layers must be \[\]'),
+        ({'model_type': 'qwen2', 'layer_types': ['chunked_attention'] * 3}, 'layer_types must'),
+        ({'model_type': 'mixtral', 'num_experts_per_tok': 9}, 'served by 1 to 8 experts, got 9'),
+    ],
+)
+def test_unsupported_configs_are_refused_by_field(change, match):
+    with pytest.raises(ValueError, match=match):
+        read_decoder_config(FIELDS | change)
+
+
+def test_old_and_new_files_say_the_same():
+    old = FIELDS | {
+        'model_type': 'gemma3_text',
+        'sliding_window_pattern': 2,
+        'rope_theta': 5e5,
+        'rope_local_base_freq': 2e4,
+        'rope_scaling': {'type': 'linear', 'factor': 8.0},
+    }
+    new = FIELDS | {
+        'model_type': 'gemma3_text',
+        'rope_parameters': {
+            'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 5e5},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 2e4},
+        },
+        'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention'],
+    }
+    assert read_decoder_config(old).kinds == read_decoder_config(new).kinds

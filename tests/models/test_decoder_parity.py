@@ -1,0 +1,136 @@
+"""Side by side with transformers' PyTorch: logits, greedy generation, folders written back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding import greedy
+from quick import jit
+from torch_decoders import FAMILIES, ROTATIONS, make_inputs, make_model
+
+from peftjax.models import load_decoder, save_decoder
+
+torch = pytest.importorskip('torch', reason='parity needs PyTorch')
+transformers = pytest.importorskip('transformers', reason='parity needs transformers')
+pytestmark = pytest.mark.filterwarnings('default')
+
+
+def saved(folder, name, **changes):
+    torch.manual_seed(len(name))
+    model = make_model(name, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def logits_of(model, given):
+    with torch.no_grad():
+        return model(**given).logits.numpy()
+
+
+def ours(loaded, given):
+    ids, mask = (jnp.asarray(given[name].numpy()) for name in ('input_ids', 'attention_mask'))
+    return np.asarray(jit(loaded.model.apply_fn)(loaded.params, ids, mask))
+
+
+def close(out, expected, given):
+    real = given['attention_mask'].numpy()[..., None]
+    np.testing.assert_allclose(out * real, expected * real, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_logits_and_greedy_generation_agree(name, tmp_path):
+    model, given = saved(tmp_path, name), make_inputs()
+    loaded = load_decoder(tmp_path)
+    close(ours(loaded, given), logits_of(model, given), given)
+    model.generation_config.eos_token_id = None
+    front = [0, 2]  # generation continues the last token: prompts are padded in front
+    prompt = {k: given[k][front] for k in ('input_ids', 'attention_mask')}
+    expected = model.generate(**prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)
+    ids, mask = (jnp.asarray(value.numpy()) for value in prompt.values())
+    tokens = greedy(loaded.model, loaded.params, ids, mask, 64)
+    np.testing.assert_array_equal(tokens, expected[:, 9:].numpy())
+    assert len(np.unique(tokens)) > 3
+
+
+@pytest.mark.parametrize('name', ['gemma3_text', 'mixtral'])
+def test_unrolled_layers_agree(name, tmp_path):
+    model, given = saved(tmp_path, name), make_inputs()
+    expected = logits_of(model, given)
+    close(
+        ours(load_decoder(tmp_path, scan_layers=False, attention='plain'), given), expected, given
+    )
+
+
+@pytest.mark.parametrize('rotation', ROTATIONS)
+@pytest.mark.parametrize('tokens', [12, 40], ids=['short', 'long'])
+def test_stretched_rotations_agree(rotation, tokens, tmp_path):
+    name = 'phi3' if rotation == 'longrope' else 'llama'
+    changes = {'rope_parameters': {'rope_theta': 100.0, **ROTATIONS[rotation]}}
+    if rotation == 'dynamic':
+        changes['max_position_embeddings'] = 16
+    if rotation == 'longrope':
+        changes['original_max_position_embeddings'] = 16
+    model, given = saved(tmp_path, name, **changes), make_inputs(tokens)
+    close(ours(load_decoder(tmp_path), given), logits_of(model, given), given)
+
+
+def test_a_part_of_the_features_is_rotated(tmp_path):
+    rope = {'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}
+    model, given = saved(tmp_path, 'phi3', rope_parameters=rope), make_inputs()
+    loaded = load_decoder(tmp_path)
+    assert loaded.config.kinds[0].rope.dim == 2
+    close(ours(loaded, given), logits_of(model, given), given)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_heads_tied_or_not_agree(tied, tmp_path):
+    model, given = saved(tmp_path, 'llama', tie_word_embeddings=tied), make_inputs()
+    loaded = load_decoder(tmp_path)
+    assert ('lm_head' in loaded.params) != tied
+    out = ours(loaded, given)
+    close(out, logits_of(model, given), given)
+    hidden = loaded.model.apply_fn(
+        loaded.params, given['input_ids'].numpy(), given['attention_mask'].numpy(), method='hidden'
+    )
+    close(hidden @ loaded.model.head_weight(loaded.params).weight, out, given)
+
+
+@pytest.mark.parametrize('scan_layers', [True, False], ids=['scanned', 'unrolled'])
+@pytest.mark.parametrize('name', ['gpt2', 'gemma2', 'qwen3_moe', 'mixtral'])
+def test_what_is_saved_is_read_by_transformers(name, scan_layers, tmp_path):
+    model, given = saved(tmp_path / 'one', name), make_inputs()
+    loaded = load_decoder(tmp_path / 'one', scan_layers=scan_layers)
+    save_decoder(tmp_path / 'two', loaded.config, loaded.params, shard_bytes=5000)
+    assert len(list((tmp_path / 'two').glob('*.safetensors'))) > 1
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'two', attn_implementation='eager'
+    )
+    assert type(again) is type(model)
+    np.testing.assert_array_equal(logits_of(again, given), logits_of(model, given))
+
+
+def test_gradients_agree(tmp_path):
+    model, given = saved(tmp_path, 'gemma2'), make_inputs()
+    real = given['attention_mask']
+    (model(**given).logits * real[..., None]).square().sum().backward()
+    loaded = load_decoder(tmp_path)
+    ids, mask = (jnp.asarray(given[name].numpy()) for name in ('input_ids', 'attention_mask'))
+
+    def loss(params):
+        return jnp.square(loaded.model.apply_fn(params, ids, mask) * mask[..., None]).sum()
+
+    gradient = jit(jax.grad(loss))(loaded.params)['model']
+    theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    layer = gradient['layers']
+    for mine, name in [
+        (layer['self_attn']['k_proj']['kernel'][1].T, 'layers.1.self_attn.k_proj.weight'),
+        (
+            layer['post_feedforward_layernorm']['scale'][0],
+            'layers.0.post_feedforward_layernorm.weight',
+        ),
+        (gradient['embed_tokens']['embedding'], 'embed_tokens.weight'),
+    ]:
+        expected = theirs[f'model.{name}']
+        if 'embed' in name:  # PyTorch gives the looked-up padding row no gradient, its head does
+            mine, expected = mine[1:], expected[1:]
+        np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
