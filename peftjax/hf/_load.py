@@ -155,9 +155,8 @@ def open_adapter(
     if plan.unknown and strict:
         raise CheckpointError(
             f'{stored.where}: every key must be known, since it may change what is computed; '
-            f'unknown: {", ".join(plan.unknown[:10])} ({len(plan.unknown)} in all). Pass strict=False '
-            'to '
-            'ignore them'
+            f'unknown: {", ".join(plan.unknown[:10])} ({len(plan.unknown)} in all). Pass '
+            'strict=False to ignore them'
         )
     _check_positions(plan, args, kwargs)
     peft = attach(plan.method, apply_fn, params, *args, **kwargs)
