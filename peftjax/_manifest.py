@@ -153,5 +153,5 @@ def _unsealed(folder: Path, found: dict[str, Path]) -> str:
             'to safetensors with the library that wrote it'
         )
     if 'adapter_config.json' in found:
-        return f'{law}. It looks like an adapter of Hugging Face PEFT, which is another format'
+        return f'{law}. It looks like an adapter of another library: pj.hf.load_adapter reads those'
     return f'{law}. Name a folder that peftjax.save wrote, or take another copy'

@@ -196,7 +196,7 @@ def _decoder(
     copy: str, tensors: Tensors, model: dict[str, Any], hub: bool, scan_layers: bool
 ) -> tuple[Any, Any]:
     """A language model; AdapterHub's cases have no head, and return hidden states."""
-    if hub and not model['tie_word_embeddings']:
+    if hub and not model.get('tie_word_embeddings', True):
         shape = model['vocab_size'], model['hidden_size']
         tensors['lm_head.weight'] = np.zeros(shape, np.float32)
     save_file(tensors, pathlib.Path(copy) / 'model.safetensors')
@@ -225,8 +225,9 @@ def experts(params: Any, x: Any) -> Any:
     """A layer of experts that are parameters of one module, all of them weighted by a router."""
     own = params['experts']
     weights = jax.nn.softmax(x @ own['router']['weight'].T + own['router']['bias'][None])
-    inner = jax.nn.relu(jnp.einsum('bd,edf->bef', x, own['w1']))
-    y = jnp.einsum('bef,efd,be->bd', inner, own['w2'], weights)
+    each = jnp.broadcast_to(x[None], (len(own['w1']), *x.shape))
+    inner = jax.nn.relu(jnp.einsum('ebd,edf->ebf', each, own['w1']))
+    y = jnp.einsum('ebd,be->bd', jnp.einsum('ebf,efd->ebd', inner, own['w2']), weights)
     return y @ own['lin']['weight'].T + own['lin']['bias'][None]
 
 

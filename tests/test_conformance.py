@@ -17,6 +17,7 @@ from interop import load
 from safetensors.numpy import load_file
 
 import peftjax as pj
+from peftjax.hf._stored import spelled
 
 CASES = pathlib.Path(__file__).parent / 'interop_cases'
 BESIDE = pathlib.Path(__file__).parents[2] / 'shared' / 'interop'
@@ -112,7 +113,10 @@ def distance(a, b):
 
 
 def check_gradients(gradients, stored):
+    """PyTorch gives the row of the padding token, the first, no gradient; it has one."""
+    real = lambda name, g: g[:, 1:] if name.endswith('lora_embedding_A') else g
     error = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)
+    gradients, stored = ({n: real(n, g) for n, g in t.items()} for t in (gradients, stored))
     errors = {tensor: error(gradients[tensor], g) for tensor, g in stored.items()}
     assert not {tensor: e for tensor, e in errors.items() if not e < 1e-4}
 
@@ -124,10 +128,9 @@ def check_merged(stored, transposed=True):
     for name, tensor in stored.merged.items():
         *owner, leaf = name.split('.')
         tree = merged['bert'] if owner[0] == 'encoder' else merged
-        for i, part in enumerate(owner):
-            index = int(part) if part.isdigit() and part not in tree else None
-            tree = jax.tree.map(lambda a, i=index: a[i], tree) if index is not None else tree[part]
-            del i
+        for part in owner:
+            stacked = part.isdigit() and part not in tree
+            tree = jax.tree.map(lambda a, i=part: a[int(i)], tree) if stacked else tree[part]
         ours = tree.get({'weight': 'kernel'}.get(leaf, leaf), tree.get('embedding'))
         ours = ours.T if transposed and 'kernel' in tree and leaf == 'weight' else ours
         assert distance(ours, tensor) < 1e-6, name
@@ -227,10 +230,7 @@ def test_over_a_base_that_the_start_changed(name):
     stored = case(name, True)
     assert 'changed the base' in stored.opened.plan.notes[0]
     start = load_file(BESIDE / name / 'init_adapter.safetensors')
-    start = {
-        n.removeprefix('base_model.model.').replace('.default', ''): t for n, t in start.items()
-    }
-    phi, merged = stored.phi(start), {}
+    phi = stored.phi(spelled(start, stored.opened.stored.config)[0])
     merged = stored.peft.merge(stored.params, phi)
     changed = jax.tree.map(lambda w, m: 2 * w - m, stored.params, merged)
     assert distance(stored.forward(params=changed), stored.io['out_adapted']) < 1e-5

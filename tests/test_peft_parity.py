@@ -1,10 +1,17 @@
-"""Side by side with Hugging Face PEFT in PyTorch: random adapters on a tiny random BERT."""
+"""Side by side with Hugging Face PEFT in PyTorch: theirs loaded here, ours loaded there."""
 
+import json
+import shutil
 import warnings
 
+import jax
 import numpy as np
 import pytest
-from interop import load
+from interop import base_of, call, load
+from safetensors.numpy import load_file, save_file
+from test_conformance import CASES
+
+import peftjax as pj
 
 CONFIGS = {
     'lora': dict(
@@ -16,12 +23,21 @@ CONFIGS = {
         rank_pattern={'layer.0.attention.self.query': 2, 'attention.output.dense': 3},
         alpha_pattern={r'layer\.1\.attention\.self\.value': 16},
     ),
+    'lora_layers': dict(
+        kind='LoraConfig',
+        r=2,
+        target_modules=['query', 'dense'],
+        exclude_modules=['intermediate.dense', 'pooler.dense'],
+        layers_to_transform=[1],
+        layers_pattern='layer',
+        bias='all',
+    ),
     'dora': dict(
         kind='LoraConfig',
         r=4,
         lora_alpha=8,
         use_dora=True,
-        target_modules=['query', 'key', 'intermediate.dense'],
+        target_modules=r'.*(query|key|intermediate\.dense)',
         rank_pattern={'key': 2},
     ),
     'ia3': dict(
@@ -38,7 +54,6 @@ def make(folder, kind, **fields):
     torch = pytest.importorskip('torch', reason='parity needs PyTorch')
     peft = pytest.importorskip('peft', reason='parity needs PEFT')
     import transformers
-    from safetensors.numpy import save_file
 
     torch.manual_seed(3)
     config = transformers.BertConfig(
@@ -88,3 +103,113 @@ def test_outputs_and_gradients(name, tmp_path):
     for tensor, g in stored.grads.items():
         error = np.linalg.norm(ours.gradients[tensor] - g) / np.linalg.norm(g)
         assert error < 1e-4, (tensor, error)
+
+
+LANGUAGE, CLASSES = 'CAUSAL_LM', 'SEQ_CLS'
+OUTPUT = 'layer(/[0-9])?/output/dense'
+HEAD = pj.Trainable(target='classifier')
+EXPORTS = {
+    'lora': (
+        'llama',
+        pj.Lora(
+            target='(q|v)_proj/kernel|down_proj',
+            rank=4,
+            alpha=6,
+            ranks=(('down', 2),),
+            alphas=(('v_proj', 3),),
+            rank_stabilized=True,
+        ),
+        LANGUAGE,
+    ),
+    'dora_saved': (
+        'llama',
+        pj.chain(pj.Dora(target='(q|v)_proj/k', rank=4), saved=pj.Trainable(target='lm_head')),
+        LANGUAGE,
+    ),
+    'lora_embedding': ('llama', pj.Lora(target=('embed_tokens', 'o_proj'), rank=3), LANGUAGE),
+    'lora_tokens': (
+        'llama',
+        pj.chain(
+            pj.Lora(target='o_proj', rank=3), pj.TrainableTokens(target='embed_tokens', ids=(3, 9))
+        ),
+        LANGUAGE,
+    ),
+    'tokens': ('llama', pj.TrainableTokens(target='embed_tokens', ids=(9, 3)), LANGUAGE),
+    'ia3': ('llama', pj.Ia3(target='(k|v|down)_proj', feedforward='down_proj'), LANGUAGE),
+    'prefix': ('llama', pj.PrefixTuning(length=3, projection=5), LANGUAGE),
+    'prompt': ('llama', pj.PromptTuning(length=3), LANGUAGE),
+    'gpt2_lora': ('gpt2', pj.Lora(target=('c_attn/k', 'c_fc/k', 'mlp/c_proj/k')), LANGUAGE),
+    'gpt2_ia3': ('gpt2', pj.Ia3(target='(c_attn|mlp/c_proj)/k', feedforward='mlp'), LANGUAGE),
+    'gpt2_prefix': ('gpt2', pj.PrefixTuning(length=3), LANGUAGE),
+    'bert_biases': (
+        'classifier',
+        pj.chain(
+            pj.Lora(target=('query/kernel', f'{OUTPUT}/kernel'), rank=4),
+            bias=pj.BitFit(target=f'(query|{OUTPUT})/bias'),
+            saved=HEAD,
+        ),
+        CLASSES,
+    ),
+    'bert_all_biases': (
+        'classifier',
+        pj.chain(pj.Lora(target='query/kernel', rank=4), bias=pj.BitFit()),
+        None,
+    ),
+    'bert_prompt': ('classifier', pj.chain(pj.PromptTuning(length=3), saved=HEAD), CLASSES),
+}
+
+
+def in_peft(base, folder, inputs):
+    """Outputs of PEFT with an adapter, and the folder that it writes."""
+    torch = pytest.importorskip('torch', reason='parity needs PyTorch')
+    peft = pytest.importorskip('peft', reason='parity needs PEFT')
+    import transformers
+
+    auto = transformers.AutoModelForSequenceClassification
+    auto = auto if 'classifier' in str(base) else transformers.AutoModelForCausalLM
+    model = peft.PeftModel.from_pretrained(auto.from_pretrained(base).eval(), folder).eval()
+    inputs = {n: torch.tensor(inputs[n], dtype=torch.long) for n in ('input_ids', 'attention_mask')}
+    out = model(**inputs).logits.detach().numpy()
+    again = folder.parent / 'again'
+    model.save_pretrained(again)
+    return out[:, -inputs['input_ids'].shape[1] :] if out.ndim == 3 else out, again
+
+
+@pytest.mark.parametrize('name', EXPORTS)
+def test_ours_is_read_by_peft(name, tmp_path):
+    kind, method, task = EXPORTS[name]
+    base = CASES / kind / 'base'
+    apply_fn, params = base_of(base, {}, True)
+    io = dict(np.load(next((CASES / kind).glob('*/io.npz'))))
+    ids, mask = (io[n].astype(np.int32) for n in ('input_ids', 'attention_mask'))
+    inputs = {'input_ids': ids, 'attention_mask': mask}
+    if kind != 'classifier':
+        inputs['position_ids'] = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    peft = call(lambda *a, **k: pj.attach(method, apply_fn, params, *a, **k), inputs)
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    move = lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape)
+    phi = jax.tree.map(move, peft.init(jax.random.key(0), params))
+    out = call(jax.jit(peft.wrap(apply_fn)), inputs, params, phi)
+    folder = pj.hf.save_adapter(tmp_path / 'ours', peft, phi, task_type=task)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        theirs, again = in_peft(base, folder, inputs)
+    np.testing.assert_allclose(out, theirs, rtol=0, atol=1e-5)
+    ours, written = (load_file(f / 'adapter_model.safetensors') for f in (folder, again))
+    # PEFT puts a copy of an adapted table beside its adapter.
+    written = {n: t for n, t in written.items() if not n.endswith('base_layer.weight')}
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in written.items()}
+    assert all((ours[n] == t).all() for n, t in written.items())
+    loaded = call(lambda *a, **k: pj.hf.load_adapter(folder, apply_fn, params, *a, **k), inputs)
+    plain = peft.fold(phi)[1]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), flat(loaded.phi), flat(plain)))
+    config = json.loads((folder / 'adapter_config.json').read_text())
+    assert config['inference_mode'] and config['task_type'] == task
+    shutil.rmtree(again)
+
+
+def flat(phi):
+    """Arrays by path, whatever the names of the parts of a chain."""
+    leaf = lambda one: not any(isinstance(inner, dict) for inner in one.values())
+    parts = [phi] if all(map(leaf, phi.values())) else phi.values()
+    return {(path, n): a for part in parts for path, one in part.items() for n, a in one.items()}

@@ -159,27 +159,29 @@ def _lora_bias(
 def _tied(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     """An adapted head that shares the table is stored twice, once for each use."""
     fields.flag('ensure_weight_tying')
-    tensors = stored.tensors
-    tables = [
-        name.removesuffix('.lora_embedding_A')
-        for name in tensors
-        if name.endswith('.lora_embedding_A')
-    ]
-    heads = [n.removesuffix('.lora_A.weight') for n in tensors if n.endswith('.lora_A.weight')]
-    for head in (head for head in heads if model.table.weight(head) is None):
-        a, b = f'{head}.lora_A.weight', f'{head}.lora_B.weight'
-        for table in tables:
-            place = model.table.weight(table)
-            ours = (f'{table}.lora_embedding_B', f'{table}.lora_embedding_A')
-            if place is None or place.site.path not in model.table.shared or b not in tensors:
-                continue
-            if all(
-                np.array_equal(tensors[n], tensors[m].T)
-                for n, m in zip((a, b), ours, strict=True)
-                if m in tensors
-            ):
-                draft.idle |= {a, b, f'{head}.weight'} & set(tensors)
+    ends = '.lora_embedding_A', '.lora_A.weight'
+    tables, heads = ([n.removesuffix(e) for n in stored.tensors if n.endswith(e)] for e in ends)
+    for table in tables:
+        place = model.table.weight(table)
+        if place is None or place.site.path not in model.table.shared:
+            continue
+        for head in (head for head in heads if model.table.weight(head) is None):
+            twins = {
+                f'{head}.lora_A.weight': (f'{table}.lora_embedding_B', True),
+                f'{head}.lora_B.weight': (f'{table}.lora_embedding_A', True),
+                f'{head}.weight': (f'{table}.weight', False),
+            }
+            if all(_same(stored, head, *twin) for head, twin in twins.items()):
+                draft.idle |= twins.keys() & stored.tensors.keys()
                 draft.tied.add(place.site.path)
+
+
+def _same(stored: Stored, one: str, other: str, transposed: bool) -> bool:
+    """Whether two tensors are the same, or neither is there."""
+    a, b = stored.tensors.get(one), stored.tensors.get(other)
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b.T if transposed else b)
 
 
 def _check_shared(leaves: Mapping[Path, Any], model: Model, draft: Draft) -> None:
@@ -213,19 +215,14 @@ def _experts(
     for owner, names in owners.items():
         levels = [f'{owner}{".base_layer" * depth}' for depth in range(len(names))]
         require([f'{level}.lora_A.weight' for level in levels], stored.tensors, 'every wrapper')
-        fits = [
-            order
-            for order in itertools.permutations(names)
-            if all(
-                _fits(stored, level, name, model) for level, name in zip(levels, order, strict=True)
-            )
-        ]
+        pairs = (list(zip(levels, order, strict=True)) for order in itertools.permutations(names))
+        fits = [pair for pair in pairs if all(_fits(stored, *one, model) for one in pair)]
         if len(fits) != 1:
             raise ValueError(
                 f'target_parameters at {owner!r}: shapes must tell which of {names} each pair of '
                 f'factors belongs to; {len(fits)} ways fit'
             )
-        for level, name in zip(levels, fits[0], strict=True):
+        for level, name in fits[0]:
             renamed |= {f'{level}.lora_{x}.weight': f'{name}.lora_{x}.weight' for x in 'AB'}
     if not renamed:
         return {}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax.hf._config import Fields
@@ -161,8 +162,10 @@ def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
 
 def _check_copy(name: str, stored: Stored, model: Model) -> None:
     """A parameter beside the adapter, such as the table of an adapted embedding."""
-    ours, theirs = np.asarray(model.value(name)), stored.tensors[name]
-    if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=2e-2, atol=1e-6):
+    ours, theirs, place = np.asarray(model.value(name)), stored.tensors[name], model.place(name)
+    assert place is not None
+    error = float(jnp.finfo(place.site.dtype).eps)
+    if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=error, atol=error**2):
         raise ValueError(
             f'the adapter brings {stored.names[name]!r} along, which differs from the base: '
             f'shape {theirs.shape} beside {ours.shape}, or other values. Load the base that it was '

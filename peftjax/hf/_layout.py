@@ -168,7 +168,11 @@ def _raw(parameter: str, site: Site, name: str, shape: tuple[int, ...]) -> Slot:
     the expert fastest, whichever of the two axes the model sums over.
     """
     if name not in ('a', 'b') or len(site.inputs) != 1 or len(site.outputs) != 1:
-        raise ValueError(f'no place in this format for {name!r} at {site.path!r}')
+        raise ValueError(
+            f'PEFT keeps a pair for each expert; {name!r} at {site.path!r} is of another form: '
+            f'summed over axes {site.inputs}, produced along {site.outputs}, one for each of '
+            f'{site.stack}. Use each expert on inputs of its own in the model'
+        )
     experts = shape[0] if len(shape) == 3 else 1
     rank, width = (shape[-1], shape[-2]) if name == 'a' else (shape[-2], shape[-1])
     axis = site.inputs[0] if name == 'a' else site.outputs[0]

@@ -11,7 +11,7 @@ from peftjax._sites import Site
 from peftjax._types import Path
 
 Naming = Callable[[Path], str]
-"""From a path to Hugging Face's name of that parameter, `{}` where stacked layers are counted."""
+"""From a path to Hugging Face's name of that parameter, `{}` where the index of a layer is."""
 
 LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight'}
 """Flax's names of leaves, and PyTorch's."""

@@ -28,6 +28,8 @@ PEFT_SPELLING = (
 )
 """From the names of PEFT: wrappers go."""
 
+INSIDE = r'(?=adapter_|gate|scaling)'
+
 HUB_SPELLING = (
     (r'\.(adapters|loras|prefix_tunings|prompt_tunings)\.[^.]+\.', '.'),
     (r'^heads\.[^.]+\.', 'heads.'),
@@ -36,10 +38,9 @@ HUB_SPELLING = (
     (r'^(.*\.)?prompt_tuning\.prompt_embedding\.weight$', 'prompt_embeddings'),
     (r'\.lora_([AB])$', r'.lora_\1.weight'),
     (r'\.m\.weight$', '.lora_magnitude_vector'),
-    (r'^.*?\.(\d+)\.(attention\.output|attention_adapters)\.(?=adapter_|gate|scaling)',
-     r'@attention_output.\1.'),
-    (r'^.*?\.(\d+)\.(output|output_adapters)\.(?=adapter_|gate|scaling)', r'@mlp_output.\1.'),
-)  # fmt: skip
+    (rf'^.*?\.(\d+)\.(attention\.output|attention_adapters)\.{INSIDE}', r'@attention_output.\1.'),
+    (rf'^.*?\.(\d+)\.(output|output_adapters)\.{INSIDE}', r'@mlp_output.\1.'),
+)
 """From the names of AdapterHub: the adapter's own name goes, places get the names of our zoo."""
 
 
