@@ -132,7 +132,7 @@ def _norm(w: Array, a: Array, b: Array, letters: tuple[str, ...], scale: float) 
     all weights of one shape.
     """
     names, stack, ins, out = letters
-    w, a, b = jax.lax.stop_gradient((w, float32(a), float32(b)))
+    a, b = float32(a), float32(b)
     both = f'{stack}{out}'
     wa = _sum(f'{names},{stack}{ins}r->{stack}r{out}', w, a.astype(w.dtype))
     aa = _sum(f'{stack}{ins}r,{stack}{ins}s->{stack}rs', a, a)
