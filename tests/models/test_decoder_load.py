@@ -119,8 +119,8 @@ def test_no_more_is_held_than_the_model_and_one_tensor(tmp_path):
     folder = write(tmp_path / 'model', fields, shard_bytes=10**6)
     mesh = jax.make_mesh((2,), ('x',), devices=jax.devices()[:2])
     along = lambda path: NamedSharding(mesh, P('x') if 'embed' in path else P())
-    load_decoder(folder)  # imports, and what is traced once
     for options in ({}, {'dtype': jnp.bfloat16}, {'sharding': along}):
+        load_decoder(folder, **options)  # imports, and what is traced once
         tracemalloc.start()
         params = load_decoder(folder, **options).params
         _, peak = tracemalloc.get_traced_memory()
