@@ -77,7 +77,8 @@ CONFIGS = {
     'code': ({'auto_map': {'x': 'evil.py'}}, 'unknown: auto_map'),
     'fewer targets': ({'target_modules': ['up']}, 'without a place: .*down'),
     'more targets': ({'target_modules': ['up', 'down', 'head']}, "missing: 'head'"),
-    'layers': ({'layers_to_transform': [0]}, 'without a place: .*h.1'),
+    'layers': ({'layers_to_transform': [0], 'layers_pattern': 'h'}, 'without a place: .*h.1'),
+    'nothing': ({'layers_to_transform': [7]}, 'must adapt something'),
     'biases': ({'bias': 'all'}, 'every bias.*h.0.up.bias'),
     'saved': ({'modules_to_save': ['head']}, 'every parameter.*head.weight'),
     'refused': ({'layer_replication': [[0, 1]]}, 'layer_replication.*cannot be represented'),
@@ -147,7 +148,7 @@ BROKEN = {
 def test_broken_tensors(folder, name):
     (folder / TENSORS).write_bytes(BROKEN[name])
     (folder / 'manifest.json').unlink()
-    with pytest.raises(pj.CheckpointError, match=f'{TENSORS}|must hold the 8 tensors'):
+    with pytest.raises(pj.CheckpointError, match=f'{TENSORS}|missing: .h.0.down'):
         load(folder)
 
 

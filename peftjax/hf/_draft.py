@@ -82,7 +82,7 @@ def adapted(
     found = [name for name in owners if model.table.weight(name) is not None]
     if rule.get('target_modules', ()) not in ((), 'all-linear'):
         wanted = [name for name, _ in model.table.adaptable() if targeted(name, rule)]
-        require(wanted, found, f'{"/".join(suffixes)} for every module')
+        require(wanted, found, stored.where, f'{" or ".join(suffixes)} for every module')
         found = [name for name in found if targeted(name, rule)]
     return whole_leaves(model, found)
 

@@ -147,6 +147,7 @@ def _layers(
         require(
             (f'{name}.{layer}.adapter_down.weight' for layer in kept),
             stored.tensors,
+            stored.where,
             'an adapter for every layer',
         )
         if 0 < len(kept) < len(layers):

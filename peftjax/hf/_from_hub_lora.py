@@ -75,7 +75,7 @@ def _check_layers(fields: Fields, leaves: Mapping[Path, tuple[str, ...]], model:
         for module, _ in model.table.adaptable()
         if _kind(module) in kinds and _layer(module) not in left_out
     ]
-    require(wanted, modules, 'factors for every layer')
+    require(wanted, modules, fields.where, 'factors for every layer')
     own = [fields.flag(key) for key in ('intermediate_lora', 'output_lora')]
     attention = len(fields.names('attn_matrices')) if fields.flag('selfattn_lora') else 0
     if any(kind.endswith(FUSED) for kind in kinds):

@@ -125,7 +125,7 @@ def _biases(fields: Fields, stored: Stored, model: Model, draft: Draft, modules:
         'all': [name for name in model.table.stored_parameters() if name.endswith('.bias')],
         'lora_only': [n for m in modules if model.place(n := f'{m}.bias') is not None],
     }[which]
-    require(names, stored.tensors, 'every bias')
+    require(names, stored.tensors, stored.where, 'every bias')
     draft.saved.update(names)
 
 
@@ -214,7 +214,8 @@ def _experts(
     renamed: dict[str, str] = {}
     for owner, names in owners.items():
         levels = [f'{owner}{".base_layer" * depth}' for depth in range(len(names))]
-        require([f'{level}.lora_A.weight' for level in levels], stored.tensors, 'every wrapper')
+        wrapped = [f'{level}.lora_A.weight' for level in levels]
+        require(wrapped, stored.tensors, stored.where, 'every wrapper')
         pairs = (list(zip(levels, order, strict=True)) for order in itertools.permutations(names))
         fits = [pair for pair in pairs if all(_fits(stored, *one, model) for one in pair)]
         if len(fits) != 1:

@@ -62,7 +62,8 @@ def _ia3(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     leaves = adapted(model, stored, rule, ('.ia3_l',))
     inputs = [p for p, names in leaves.items() if _feeds_forward(names, forward)]
     target = model.target(inputs) if inputs else ()
-    draft.methods['ia3'] = Ia3(target=model.target(leaves), feedforward='|'.join(target))
+    if leaves:
+        draft.methods['ia3'] = Ia3(target=model.target(leaves), feedforward='|'.join(target))
 
 
 def _feeds_forward(modules: tuple[str, ...], names: tuple[str, ...] | str) -> bool:
@@ -144,7 +145,7 @@ def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     owners = fields.names('modules_to_save')
     owners = (owners,) if isinstance(owners, str) else owners
     names = [n for n in model.table.stored_parameters() if is_below(n.rpartition('.')[0], owners)]
-    require(names, stored.tensors, 'every parameter')
+    require(names, stored.tensors, stored.where, 'every parameter')
     draft.saved.update(names)
     for name in stored.tensors:
         plain = name.endswith(('.weight', '.bias')) and model.place(name) is not None

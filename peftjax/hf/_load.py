@@ -152,6 +152,7 @@ def open_adapter(
     model = Model(sites(apply_fn, params, *args, **kwargs), params, names)
     fields = Fields(stored.config, stored.where)
     plan = (plan_hub if stored.hub else plan_peft)(fields, stored, model)
+    method = plan.method
     if plan.unknown and strict:
         raise CheckpointError(
             f'{stored.where}: every key must be known, since it may change what is computed; '
@@ -159,7 +160,7 @@ def open_adapter(
             'strict=False to ignore them'
         )
     _check_positions(plan, args, kwargs)
-    peft = attach(plan.method, apply_fn, params, *args, **kwargs)
+    peft = attach(method, apply_fn, params, *args, **kwargs)
     found = layouts(peft, model.table)
     extra = check(found, plan.rewritten(stored.tensors), stored)
     if extra and strict:

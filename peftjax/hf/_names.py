@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -111,7 +112,8 @@ class Table:
         """
         own = {name.rpartition('.')[0] for name in self.places} | set(self.places)
         stored = set(stored)
-        first = lambda names: dict.fromkeys(f'{n.partition(".")[0]}.' for n in sorted(names))
+        counted = lambda names: Counter(f'{n.partition(".")[0]}.' for n in sorted(names))
+        first = lambda names: [prefix for prefix, _ in counted(names).most_common(8)]
         choices = [('', '')]
         choices += [(prefix, '') for prefix in first(own)]
         choices += [('', prefix) for prefix in first(stored)]

@@ -126,8 +126,14 @@ def fill(found: Mapping[Key, Layout], tensors: Mapping[str, Any]) -> Phi:
     return nested(parts.items())
 
 
-def require(expected: Iterable[str], found: Iterable[str], what: str) -> None:
+def require(expected: Iterable[str], found: Iterable[str], where: str, what: str) -> None:
     """Refuses an adapter without what its configuration asks for.
+
+    Args:
+      expected: names.
+      found: those that are there.
+      where: the configuration, for the message.
+      what: is expected, for the message.
 
     Raises:
       CheckpointError: something is missing.
@@ -135,7 +141,7 @@ def require(expected: Iterable[str], found: Iterable[str], what: str) -> None:
     there = set(found)
     if missing := [name for name in dict.fromkeys(expected) if name not in there]:
         raise CheckpointError(
-            f'an adapter must hold {what} that its configuration asks for in this model; '
+            f'{where}: an adapter must hold {what} that its configuration asks for in this model; '
             f'missing: {", ".join(map(repr, missing[:10]))} ({len(missing)} in all). '
             'Take the model and the configuration that it was trained with'
         )
