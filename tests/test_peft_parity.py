@@ -101,8 +101,10 @@ def test_outputs_and_gradients(name, tmp_path):
     assert np.abs(stored.io['out_adapted'] - stored.io['out_base']).max() > 0.1
     assert set(ours.gradients) == set(stored.grads)
     for tensor, g in stored.grads.items():
-        error = np.linalg.norm(ours.gradients[tensor] - g) / np.linalg.norm(g)
-        assert error < 1e-4, (tensor, error)
+        error = np.linalg.norm(ours.gradients[tensor] - g)
+        # A softmax does not see the bias of a key: its gradient is rounding.
+        rounding = 1e-6 if tensor.endswith('key.bias') else 0
+        assert error < 1e-4 * np.linalg.norm(g) + rounding, (tensor, error)
 
 
 LANGUAGE, CLASSES = 'CAUSAL_LM', 'SEQ_CLS'

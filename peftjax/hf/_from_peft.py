@@ -147,6 +147,8 @@ def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     names = [n for n in model.table.stored_parameters() if is_below(n.rpartition('.')[0], owners)]
     require(names, stored.tensors, stored.where, 'every parameter')
     draft.saved.update(names)
+    # With bias='all' PEFT writes the biases of such a module once more, and those that it replaced.
+    draft.idle.update(name for name in stored.tensors if '.original_module.' in name)
     for name in stored.tensors:
         plain = name.endswith(('.weight', '.bias')) and model.place(name) is not None
         if plain and name not in draft.saved and name not in draft.idle:

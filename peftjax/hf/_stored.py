@@ -23,6 +23,7 @@ PICKLES = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.npz', '.npy', '.
 PEFT_SPELLING = (
     (r'^base_model\.(model\.)?', ''),
     (r'\.base_layer\.(weight|bias)$', r'.\1'),
+    (r'\.modules_to_save(?=\.)', ''),
     (r'\.(lora_magnitude_vector|lora_embedding_[AB])\.weight$', r'.\1'),
     (r'\.token_adapter\.(?=trainable_tokens_delta$)', '.'),
 )
