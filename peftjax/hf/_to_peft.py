@@ -199,7 +199,7 @@ class Export:
         left = {n for n in values if n.rpartition('.')[0] not in modules}
         self._write_modules(modules, {n: t for n, t in values.items() if n not in left})
         if left:
-            self._write_biases({name: values[name] for name in left})
+            self._write_biases({name: values[name] for name in left}, set(values) - left)
 
     def _whole_modules(self, values: Mapping[str, Any]) -> set[str]:
         """The modules of which every parameter is trained."""
@@ -207,12 +207,17 @@ class Export:
         for path in self.paths:
             kind, _, leaf = _layers(self.naming(path)).rpartition('.')
             kinds.setdefault(kind, set()).add(leaf)
-        owners = {name.rpartition('.')[0] for name in values} - set(self.adapted)
-        return {
-            owner
-            for owner in owners
-            if all(f'{owner}.{leaf}' in values for leaf in kinds[_layers(f'{owner}.')[:-1]])
-        }
+        found = set()
+        for owner in {name.rpartition('.')[0] for name in values} - set(self.adapted):
+            leaves = kinds.get(_layers(f'{owner}.')[:-1])
+            if leaves is None:
+                raise ValueError(
+                    f'{owner!r} reads like a list of layers and is none: pass names, which say '
+                    'what the modules are called in the Hugging Face model'
+                )
+            if all(f'{owner}.{leaf}' in values for leaf in leaves):
+                found.add(owner)
+        return found
 
     def _write_modules(self, modules: set[str], values: Mapping[str, np.ndarray]) -> None:
         prompted = self.config['peft_type'] in ('PROMPT_TUNING', 'PREFIX_TUNING')
@@ -221,15 +226,19 @@ class Export:
             self.config['modules_to_save'] = sorted(modules)
         self.tensors |= {f'{start}{name}': tensor for name, tensor in values.items()}
 
-    def _write_biases(self, values: Mapping[str, np.ndarray]) -> None:
-        every = {name for path in self.paths if (name := self.naming(path)).endswith('.bias')}
-        own = {name for m in self.adapted if _layers(name := f'{m}.bias') in map(_layers, every)}
-        trained = set(values)
-        which = 'lora_only' if trained == own else 'all' if own < trained else None
+    def _write_biases(self, values: Mapping[str, np.ndarray], saved: Iterable[str]) -> None:
+        """The biases of the adapted modules, or all that there are."""
+        every = [name for path in self.paths if (name := self.naming(path)).endswith('.bias')]
+        kinds = set(map(_layers, every))
+        own = {name for m in self.adapted if _layers(name := f'{m}.bias') in kinds}
+        trained = {*values, *saved}
+        stacks = set(map(_layers, trained))
+        all_of_them = all(n in trained or ('{}' in n and _layers(n) in stacks) for n in every)
+        which = 'lora_only' if set(values) == own else 'all' if all_of_them else None
         if self.config['peft_type'] != 'LORA' or which is None:
             raise ValueError(
                 'PEFT trains whole modules, and beside LoRA the biases of the adapted modules or '
-                f'all biases; here {sorted(trained)[:3]} ({len(trained)}) are trained'
+                f'all biases; here {sorted(values)[:3]} ({len(values)}) are trained'
             )
         self.config['bias'] = which
         for name, tensor in values.items():
