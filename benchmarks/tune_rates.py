@@ -1,12 +1,14 @@
 """Finds the learning rate of each recipe on held-back training data.
 
     python benchmarks/tune_rates.py [--data trec.jsonl] [--methods lora,full] [--seeds 100,101]
+        [--rates 1e-4,2e-4] [--head-rates 1e-3,1e-2]
 
-Trains on 10 examples of each label and validates on other *training* examples (at most 400); the
-test set is not looked at. One JSON line per method, rate and seed goes to standard output.
+Trains on 10 examples of each label and validates on other *training* examples; the test set
+is not looked at. One JSON line per method, seed and rates goes to standard output.
 """
 
 import argparse
+import itertools
 import json
 
 import numpy as np
@@ -36,29 +38,32 @@ def main() -> None:
     parser.add_argument('--data', help='jsonl of labeled training text; default: the shipped set')
     parser.add_argument('--methods', default=','.join(GRID))
     parser.add_argument('--rates', help='instead of the grid')
+    parser.add_argument('--head-rates', default='1e-2', help='of the classifier')
+    parser.add_argument('--held', type=int, default=400, help='examples to validate on, at most')
     parser.add_argument('--seeds', default='100')
     parser.add_argument('--shots', type=int, default=10)
-    parser.add_argument('--epochs', type=int, default=Settings.epochs)
+    parser.add_argument('--epochs', type=int, default=8)
     options = parser.parse_args()
     train = data.load_labelled(options.data) if options.data else data.default_messages()[0]
     rates = tuple(map(float, options.rates.split(','))) if options.rates else ()
+    head_rates = tuple(map(float, options.head_rates.split(',')))
     task = load_task('', train.names, 64)
     for seed in map(int, options.seeds.split(',')):
         picked = data.shot_indices(train, options.shots, seed)
         rest = np.setdiff1d(np.arange(len(train)), picked)
-        held = np.random.default_rng(seed).permutation(rest)[:400]
+        held = np.random.default_rng(seed).permutation(rest)[: options.held]
         few, held = train.take(picked), train.take(held)
         tokens, held_tokens = task.encode(few.texts), task.encode(held.texts)
         for name in options.methods.split(','):
-            for rate in rates or GRID[name]:
-                settings = Settings(rate=rate, epochs=options.epochs)
+            for rate, head_rate in itertools.product(rates or GRID[name], head_rates):
+                settings = Settings(options.epochs, 16, rate=rate, head_rate=head_rate)
                 steps = step_count(len(few), settings)
                 fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
                 fitted = fitter.fit(tokens, few.labels, seed, lambda: None)
                 right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
-                row = {'method': name, 'rate': rate, 'seed': seed, 'epochs': options.epochs}
-                row |= {'accuracy': round(100 * float(right.mean()), 2), 'data': options.data or ''}
-                print(json.dumps(row), flush=True)
+                row = {'method': name, 'rate': rate, 'head_rate': head_rate, 'seed': seed}
+                row |= {'epochs': options.epochs, 'accuracy': round(100 * float(right.mean()), 2)}
+                print(json.dumps(row | {'data': options.data or ''}), flush=True)
 
 
 if __name__ == '__main__':

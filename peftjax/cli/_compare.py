@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
             fitter = Fitter(task, recipe, settings, samples[0].tokens.input_ids.shape[1], steps)
             records.append(_method(fitter, samples, tokens, test.labels, out, bar.update))
             bar.write(_report.line(records[-1]))
-    _leave(out, options, records)
+            _write(out, options, records)
+    _show(out, options, records)
     return 0
 
 
@@ -74,7 +75,8 @@ def _record(
     return {
         'method': fitter.recipe.name,
         'about': fitter.recipe.about,
-        'learning_rate': fitter.rate or None,
+        'learning_rate': fitter.settings.rate or None,
+        'head_learning_rate': fitter.settings.head_rate or None,
         'trained_parameters': trained,
         'trained_percent': 100 * trained / _size(fitter.task),
         'bytes_on_disk': int(np.mean(sizes)),
@@ -88,14 +90,17 @@ def _record(
     }
 
 
-def _leave(out: pathlib.Path, options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
-    """Writes table, JSON file and picture."""
-    text = _report.table(records)
-    say('\n' + text)
+def _write(out: pathlib.Path, options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    """Writes what is known, after each method: a run cut off keeps its finished methods."""
     what = {k: v for k, v in vars(options).items() if k not in ('out', 'overwrite')}
     content = {'options': what, 'versions': _report.versions(), 'methods': records}
     _report.write_json(out / 'results.json', content)
-    (out / 'table.txt').write_text(text + '\n', encoding='utf-8')
+    _report.write_text(out / 'table.txt', _report.table(records))
+
+
+def _show(out: pathlib.Path, options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    """Prints the table and draws the picture."""
+    say('\n' + _report.table(records))
     title = f'{options.shots} examples a label, seeds {", ".join(map(str, options.seeds))}'
     _picture.draw(out / 'accuracy.png', records, title)
     say(f'\nwritten to {out}: {", ".join(_output.RESULTS)}, {_output.ADAPTERS}/')

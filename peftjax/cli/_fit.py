@@ -13,7 +13,7 @@ import optax
 from peftjax import Peft, attach, data, start, train_step
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
-from peftjax.cli._recipes import HEAD_RATE, Recipe
+from peftjax.cli._recipes import Recipe
 from peftjax.cli._task import Task, call, cross_entropy
 
 
@@ -25,19 +25,25 @@ class Settings:
       epochs: passes over the examples.
       batch: rows of a step.
       rate: of the method; `None` for the recipe's own.
-      head_rate: of the classifier.
+      head_rate: of the classifier; `None` for the recipe's own.
       weight_decay: on all that is trained.
       warmup: the part of the steps over which the rate rises; then it falls to zero.
       clip: the most that the norm of all gradients may be.
     """
 
-    epochs: int = 12
-    batch: int = 16
+    epochs: int
+    batch: int
     rate: float | None = None
-    head_rate: float = HEAD_RATE
+    head_rate: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
+
+    def of(self, recipe: Recipe) -> 'Settings':
+        """These settings with the recipe's rates where none are given."""
+        rate = recipe.rate if self.rate is None else self.rate
+        head_rate = recipe.head_rate if self.head_rate is None else self.head_rate
+        return dataclasses.replace(self, rate=rate, head_rate=head_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +75,11 @@ class Fitter:
     def __init__(self, task: Task, recipe: Recipe, settings: Settings, length: int, steps: int):
         shape = jax.ShapeDtypeStruct((settings.batch, length), jnp.int32)
         masks = {'attention_mask': shape, 'pool_mask': shape, 'deterministic': True}
-        self.task, self.recipe, self.settings, self.steps = task, recipe, settings, steps
+        self.task, self.recipe, self.steps = task, recipe, steps
+        self.settings = settings.of(recipe)
         self.peft = attach(recipe.method(), task.apply, task.params, shape, **masks)
         self.forward = self.peft.wrap(task.apply)
-        self._tx = optimizer(recipe, settings, steps)
+        self._tx = optimizer(self.settings, steps)
         self._step = Programs(train_step(self._loss, self._tx))
         self._predict = jax.jit(lambda p, phi, batch: call(task, self.forward, batch, None, p, phi))
 
@@ -127,14 +134,9 @@ class Fitter:
         if not np.isfinite(loss):
             raise ValueError(
                 f'{self.recipe.name}: the loss must stay finite; it is {loss} after {steps} steps. '
-                f'Lower the learning rate (now {self.rate:g})'
+                f'Lower the learning rate (now {self.settings.rate:g})'
             )
         return loss
-
-    @property
-    def rate(self) -> float:
-        """Learning rate of the method."""
-        return self.recipe.rate if self.settings.rate is None else self.settings.rate
 
     def _probe(self, tokens: data.Tokens, labels: np.ndarray, phi: Any, tick: Any) -> Fitted:
         began = time.perf_counter()
@@ -158,7 +160,7 @@ def step_count(examples: int, settings: Settings) -> int:
     return settings.epochs * -(-examples // settings.batch)
 
 
-def optimizer(recipe: Recipe, settings: Settings, steps: int) -> optax.GradientTransformation:
+def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     """AdamW with a rate for the head and one for the method, both rising, then falling."""
 
     def adamw(rate: float) -> optax.GradientTransformation:
@@ -170,7 +172,10 @@ def optimizer(recipe: Recipe, settings: Settings, steps: int) -> optax.GradientT
         )  # fmt: skip
         return optax.adamw(schedule, weight_decay=settings.weight_decay)
 
-    rate = recipe.rate if settings.rate is None else settings.rate
-    rates: dict[Hashable, Any] = {'body': adamw(rate), 'head': adamw(settings.head_rate)}
+    assert settings.rate is not None and settings.head_rate is not None
+    rates: dict[Hashable, Any] = {
+        'body': adamw(settings.rate),
+        'head': adamw(settings.head_rate),
+    }
     labels = lambda phi: {name: jax.tree.map(lambda _, n=name: n, phi[name]) for name in phi}
     return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(rates, labels))

@@ -91,7 +91,7 @@ def _examples(sub: argparse.ArgumentParser) -> None:
 
 def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        '--epochs', type=_count, default=12, help='passes over the examples (%(default)s)'
+        '--epochs', type=_count, default=8, help='passes over the examples (%(default)s)'
     )
     sub.add_argument('--batch', type=_count, default=16, help='examples of one step (%(default)s)')
 

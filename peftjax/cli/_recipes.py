@@ -28,7 +28,6 @@ HEAD = Trainable(target='^classifier/')
 BODY = '^(?!classifier/)'
 ATTENTION = r'attention/self/(query|value)/kernel'
 IA3 = ('attention/self/(key|value)/kernel', 'intermediate/dense/kernel')
-HEAD_RATE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Recipe:
       about: one line of help.
       build: the method beside the head; `None` for the head alone.
       rate: learning rate of the method.
+      head_rate: learning rate of the classifier.
+      head_rate: learning rate of the classifier.
       probe: whether the head is fitted to frozen features instead of trained by steps.
     """
 
@@ -47,6 +48,8 @@ class Recipe:
     about: str
     build: Callable[[], Method] | None
     rate: float = 0.0
+    head_rate: float = 1e-2
+    head_rate: float = 1e-2
     probe: bool = False
 
     def method(self) -> Method | Chain:
@@ -59,7 +62,8 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe('frozen', 'logistic regression on the frozen encoder', None, probe=True),
+        Recipe('frozen', 'logistic regression on the frozen encoder', None, head_rate=0.0,
+               probe=True),
         Recipe('prompt', 'prompt tuning, 10 virtual tokens',
                lambda: PromptTuning(length=10, side='back'), 3e-2),
         Recipe('prefix', 'prefix tuning, 10 virtual tokens, direct',

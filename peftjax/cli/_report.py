@@ -76,4 +76,11 @@ def versions() -> dict[str, str]:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes a JSON file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all: an earlier one stays until its successor is there."""
+    part = path.with_name(f'.{path.name}.part')
+    part.write_text(text + '\n', encoding='utf-8')
+    part.replace(path)

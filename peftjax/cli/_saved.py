@@ -34,7 +34,7 @@ def save(
         'max_tokens': task.max_tokens,
         'method': recipe.name,
         'seed': seed,
-        'settings': dataclasses.asdict(fitter.settings) | {'rate': fitter.rate},
+        'settings': dataclasses.asdict(fitter.settings),
     }
     path = checkpoint.save(
         folder,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -41,6 +42,21 @@ def test_the_json_file_says_what_was_done(compared):
         assert record['accuracy_sd'] is None
         assert record['bytes_on_disk'] > 4 * record['trained_parameters']
         assert record['peak_bytes'] > 0
+
+
+def test_a_run_cut_off_keeps_its_finished_methods(peftjax, here, tmp_path, monkeypatch):
+    def cut():
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(RECIPES, 'lora', dataclasses.replace(RECIPES['lora'], build=cut))
+    assert peftjax('compare', *here.inputs, *FEW, 'frozen,lora', '--out', tmp_path).code != 0
+    (frozen,) = json.loads((tmp_path / 'results.json').read_text())['methods']
+    assert frozen['method'] == 'frozen' and frozen['learning_rate'] is None
+    assert (tmp_path / 'table.txt').read_text().splitlines()[-1].startswith('frozen')
+    assert not (tmp_path / 'accuracy.png').exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'adapters', 'results.json', 'table.txt',
+    ]  # fmt: skip
 
 
 def test_each_adapter_is_saved_with_its_task(compared, here):
