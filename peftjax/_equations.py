@@ -6,7 +6,7 @@ Only names and parameters of primitives are read here; nothing is evaluated.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peftjax import _layout, _use
+from peftjax import _layout, _uses
 from peftjax._layout import Labels, Layout
 from peftjax._types import Array
 
@@ -91,7 +91,7 @@ def back_and_forth(
 
 def use(
     name: str, params: Any, position: int, operands: Sequence[Any], run: Callable[..., Array]
-) -> _use.Use | None:
+) -> _uses.Use | None:
     """The geometry of an equation that uses the operand at `position` as its weight.
 
     Args:
@@ -118,11 +118,11 @@ def use(
     return None
 
 
-def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _use.Dot:
+def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _uses.Dot:
     (contract, batch) = params['dimension_numbers']
     mine, other = position, 1 - position
     taken = (*contract[mine], *batch[mine])
-    return _use.Dot(
+    return _uses.Dot(
         run=run,
         kind='expert' if any(w.dims[d] for d in batch[mine]) else 'linear',
         contract=tuple(contract[mine]),
@@ -136,7 +136,7 @@ def _dot(params: Any, position: int, w: Any, run: Callable[..., Array]) -> _use.
     )
 
 
-def _gather(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> _use.Gather | None:
+def _gather(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> _uses.Gather | None:
     w, x = operands
     numbers, sizes = params['dimension_numbers'], params['slice_sizes']
     rank = len(w.shape)
@@ -152,7 +152,7 @@ def _gather(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> 
     sliced = [d for d in range(rank) if d not in (*numbers.collapsed_slice_dims, *batch)]
     offset = dict(zip(sliced, numbers.offset_dims, strict=True))
     around = [d for d in range(len(x.shape) - 1 + len(sliced)) if d not in numbers.offset_dims]
-    return _use.Gather(
+    return _uses.Gather(
         run=run,
         kind='embedding',
         contract=rows,
@@ -166,14 +166,14 @@ def _gather(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> 
     )
 
 
-def _conv(params: Any, w: Any, run: Callable[..., Array]) -> _use.Conv | None:
+def _conv(params: Any, w: Any, run: Callable[..., Array]) -> _uses.Conv | None:
     numbers = params['dimension_numbers']
     if params['batch_group_count'] != 1:
         return None
     keep = ('window_strides', 'padding', 'lhs_dilation', 'rhs_dilation', 'feature_group_count')
     how = {key: params[key] for key in (*keep, 'dimension_numbers', 'precision')}
     free = (numbers.rhs_spec[0],)
-    return _use.Conv(
+    return _uses.Conv(
         run=run,
         kind='convolution',
         contract=tuple(d for d in range(len(w.shape)) if d not in free),
@@ -187,7 +187,7 @@ def _conv(params: Any, w: Any, run: Callable[..., Array]) -> _use.Conv | None:
     )
 
 
-def _ragged(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> _use.Ragged | None:
+def _ragged(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> _uses.Ragged | None:
     numbers = params['ragged_dot_dimension_numbers']
     contract, batch = numbers.dot_dimension_numbers
     plain = (
@@ -199,4 +199,4 @@ def _ragged(params: Any, operands: Sequence[Any], run: Callable[..., Array]) -> 
     if not plain:
         return None
     wide = params['preferred_element_type']
-    return _use.Ragged(run, 'expert', (1,), (0,), (2,), operands[2], params['precision'], wide)
+    return _uses.Ragged(run, 'expert', (1,), (0,), (2,), operands[2], params['precision'], wide)

@@ -17,7 +17,7 @@ from peftjax._pending import Companion, Pending, settled
 from peftjax._record import ELEMENTWISE, Recorder
 from peftjax._standin import Hole, StandIn
 from peftjax._types import Array, Path
-from peftjax._use import Named
+from peftjax._uses import Named
 
 SPECIAL = (StandIn, Pending)
 """Values that are no arrays."""

@@ -14,7 +14,7 @@ from peftjax._factor import Factor
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi, Target
-from peftjax._use import Use
+from peftjax._uses import Use
 from peftjax._virtual import Virtual
 
 

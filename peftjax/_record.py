@@ -11,7 +11,7 @@ from peftjax._method import At, Rule
 from peftjax._sites import Site
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path
-from peftjax._use import Use
+from peftjax._uses import Use
 
 ELEMENTWISE = {'add': 'bias', 'sub': 'bias', 'mul': 'scale', 'div': 'scale'}
 
