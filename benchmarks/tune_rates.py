@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument('--seeds', default='100')
     parser.add_argument('--shots', type=int, default=10)
     parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--batch', type=int, default=8)
     options = parser.parse_args()
     train = data.load_labelled(options.data) if options.data else data.default_messages()[0]
     rates = tuple(map(float, options.rates.split(','))) if options.rates else ()
@@ -56,13 +57,17 @@ def main() -> None:
         tokens, held_tokens = task.encode(few.texts), task.encode(held.texts)
         for name in options.methods.split(','):
             for rate, head_rate in itertools.product(rates or GRID[name], head_rates):
-                settings = Settings(options.epochs, 16, rate=rate, head_rate=head_rate)
+                settings = Settings(options.epochs, options.batch, rate=rate, head_rate=head_rate)
                 steps = step_count(len(few), settings)
                 fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
                 fitted = fitter.fit(tokens, few.labels, seed, lambda: None)
                 right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
                 row = {'method': name, 'rate': rate, 'head_rate': head_rate, 'seed': seed}
-                row |= {'epochs': options.epochs, 'accuracy': round(100 * float(right.mean()), 2)}
+                row |= {
+                    'epochs': options.epochs,
+                    'batch': options.batch,
+                    'accuracy': round(100 * float(right.mean()), 2),
+                }
                 print(json.dumps(row | {'data': options.data or ''}), flush=True)
 
 

@@ -93,7 +93,7 @@ def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         '--epochs', type=_count, default=8, help='passes over the examples (%(default)s)'
     )
-    sub.add_argument('--batch', type=_count, default=16, help='examples of one step (%(default)s)')
+    sub.add_argument('--batch', type=_count, default=8, help='examples of one step (%(default)s)')
 
 
 class _Methods(argparse.Action):
