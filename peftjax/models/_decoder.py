@@ -171,7 +171,7 @@ class Decoder(nn.Module):
             )
         places, reading = find_places(shape, attention_mask, segment_ids, cache)
         if position_ids is None:
-            position_ids = count_positions(places, shape)
+            position_ids = count_positions(places)
         sights = find_sights(config.kinds, places, position_ids)
         store = None if cache is None else Store(cache.key, cache.value, cache.index)
         x, store = self.body(input_ids, position_ids, sights, store)

@@ -130,10 +130,10 @@ def rotation(rope: Rope, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]
 
     Args:
       rope: frequencies.
-      position_ids: int `(batch, tokens)`.
+      position_ids: int `(batch or 1, tokens)`.
 
     Returns:
-      Two float32 arrays `(batch, tokens, dim / 2)`.
+      Two float32 arrays `(batch or 1, tokens, dim / 2)`.
     """
     frequencies = rope.frequencies(position_ids.max() + 1)
     angles = position_ids.astype(jnp.float32)[..., None] * frequencies[None, None]

@@ -91,22 +91,21 @@ def find_places(
     return places, cache._replace(mask=mask, index=cache.index + shape[1])
 
 
-def count_positions(places: Places, shape: tuple[int, ...]) -> Array:
+def count_positions(places: Places) -> Array:
     """Positions of tokens: how many real tokens of the same text come before.
 
     Args:
       places: of the tokens.
-      shape: `(batch, tokens)`.
 
     Returns:
-      int `(batch, tokens)`.
+      int `(batch or 1, tokens)`.
     """
-    rank = places.rank[0]
-    if places.segment is not None:
-        first = jnp.ones((shape[0], 1), jnp.bool_)
-        first = jnp.concatenate([first, places.segment[:, 1:] != places.segment[:, :-1]], axis=1)
-        rank = rank - lax.cummax(jnp.where(first, rank, 0), axis=1)
-    return jnp.broadcast_to(rank, shape)
+    rank, segment = places.rank[0], places.segment
+    if segment is None:
+        return rank
+    first = jnp.ones((segment.shape[0], 1), jnp.bool_)
+    first = jnp.concatenate([first, segment[:, 1:] != segment[:, :-1]], axis=1)
+    return rank - lax.cummax(jnp.where(first, rank, 0), axis=1)
 
 
 def find_sights(kinds: tuple[LayerKind, ...], places: Places, position_ids: Array) -> Sight:
@@ -115,7 +114,7 @@ def find_sights(kinds: tuple[LayerKind, ...], places: Places, position_ids: Arra
     Args:
       kinds: windows and rotations.
       places: of tokens and keys.
-      position_ids: int `(batch, tokens)`.
+      position_ids: int `(batch or 1, tokens)`.
 
     Returns:
       One `Sight`; where there are several kinds, its arrays have a leading axis for them.
