@@ -152,7 +152,23 @@ def _matmul_t(lhs: Array, rhs: Array) -> Array:
 
 def _product(lhs: Array, rhs: Array, axis: int) -> Array:
     dims = (((3,), (axis,)), ((0, 1), (0, 1)))
-    return lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+    wide = lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+    return wide if lhs.dtype == wide.dtype else _as_if(wide, lax.dot_general(lhs, rhs, dims))
+
+
+@jax.custom_jvp
+def _as_if(value: Array, rounded: Array) -> Array:
+    """`value`, with the derivatives of `rounded`, which is the same and never computed.
+
+    A wide cotangent would make the products that lead back wide.
+    """
+    del rounded
+    return value
+
+
+@_as_if.defjvp
+def _as_if_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[0], tangents[1].astype(primals[0].dtype)
 
 
 @jax.custom_vjp

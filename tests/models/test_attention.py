@@ -92,6 +92,27 @@ def test_bfloat16_stays_near_the_formula():
     np.testing.assert_allclose(low.astype(jnp.float32), exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize('form', [attention, plain_attention])
+def test_bfloat16_gradients_stay_near_those_of_the_formula(form):
+    run = jax.grad(lambda qkv, f: f(*qkv, MASK).astype(jnp.float32).var(), argnums=0)
+    qkv = draw(jnp.bfloat16)
+    low = run(qkv, form)
+    exact = run(tuple(x.astype(jnp.float32) for x in qkv), plain_attention)
+    for one, other in zip(low, exact, strict=True):
+        assert one.dtype == jnp.bfloat16
+        gap = np.abs(one.astype(jnp.float32) - other).max()
+        assert gap < 0.02 * np.abs(other).max()
+
+
+def test_the_plain_form_has_forward_derivatives_in_bfloat16():
+    qkv = draw(jnp.bfloat16)
+    loss = lambda *qkv: plain_attention(*qkv, MASK).astype(jnp.float32).var()
+    _, along = jax.jvp(loss, qkv, qkv)
+    grads = jax.grad(loss, (0, 1, 2))(*qkv)
+    sides = [(g * x).astype(jnp.float32).sum() for g, x in zip(grads, qkv, strict=True)]
+    np.testing.assert_allclose(along, sum(sides), rtol=0.05)
+
+
 def test_gelu_is_exact_and_keeps_its_slope():
     x = jnp.linspace(-8, 8, 401)
     reference = lambda x: jax.nn.gelu(x, approximate=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from quick import jit
 
+from peftjax.losses import next_token_loss
 from peftjax.models import Compute, Decoder, read_decoder_config
 from peftjax.models._load_decoder import saved_names
 
@@ -244,6 +245,36 @@ def test_bfloat16_keeps_float32_inside_softmax_norms_and_logits():
     kinds = {'exp': jnp.float32, 'rsqrt': jnp.float32, 'tanh': jnp.bfloat16}
     for primitive, dtype in dtypes(jaxpr.jaxpr):
         assert dtype == kinds.get(primitive, dtype), primitive
+
+
+MIXTURE = LLAMA | {
+    'model_type': 'qwen3_moe',
+    'num_experts': 4,
+    'num_experts_per_tok': 2,
+    'moe_intermediate_size': 12,
+}
+GEMMA2 = {k: v for k, v in FIELDS.items() if k != 'sliding_window_pattern'} | {
+    'model_type': 'gemma2'
+}
+
+
+@pytest.mark.parametrize('fields', [LLAMA, GEMMA2, MIXTURE], ids=lambda f: f['model_type'])
+def test_a_bfloat16_model_multiplies_in_bfloat16(fields):
+    compute = Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model = Decoder(read_decoder_config(fields), compute)
+    params = jax.eval_shape(model.init, jax.random.key(0), IDS)['params']
+
+    def loss(params, ids):
+        head = model.head_weight(params)
+        hidden = model.apply_fn(params, ids, method='hidden')
+        return next_token_loss(hidden, head.weight, ids, soft_cap=head.soft_cap).mean
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, IDS).jaxpr
+    products = [e for e in inside(jaxpr) if 'dot' in e.primitive.name]
+    operands = [[v.aval.dtype for v in e.invars[:2]] for e in products]
+    assert operands == [[jnp.bfloat16] * 2] * len(products)
+    # Of each layer: seven products, two of attention; twice more each in the backward pass.
+    assert len(products) >= 3 * 9
 
 
 def inside(jaxpr):
