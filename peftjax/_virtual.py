@@ -25,6 +25,7 @@ FILL = {
     'segment_ids': 1,
     'token_type_ids': 0,
     'labels': -100,
+    'targets': -100,
 }
 POSITIONS = ('position_ids', 'positions', 'position')
 

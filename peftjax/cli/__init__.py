@@ -1,4 +1,4 @@
-"""The command line: `peftjax compare`, `tune`, `predict`, `inspect`."""
+"""The command line: `peftjax compare`, `tune`, `predict`, `generate`, `inspect`."""
 
 import importlib
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from peftjax.cli._options import parser
+from peftjax.cli._options import parse
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended, as shells have it."""
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: with 0 after `--help`, with 2 where the arguments make no sense.
     """
-    options = parser().parse_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return importlib.import_module(f'peftjax.cli._{options.command}').run(options)
     except BrokenPipeError:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from peftjax import data
-from peftjax.cli import _output, _picture, _report, _saved
+from peftjax.cli import _config, _output, _picture, _report, _saved
 from peftjax.cli._examples import Sample, draw, read
 from peftjax.cli._fit import Fitted, Fitter, Settings, step_count
 from peftjax.cli._recipes import chosen
@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
         f'{len(test)} test messages; {_size(task):,} parameters'
     )
     _output.clear(out)
+    _config.write(out / _config.FILE, options)
     steps = step_count(len(samples[0].labels), settings)
     total = sum(1 if recipe.probe else steps for recipe in recipes) * len(samples)
     records = []
@@ -92,7 +93,7 @@ def _record(
 
 def _write(out: pathlib.Path, options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     """Writes what is known, after each method: a run cut off keeps its finished methods."""
-    what = {k: v for k, v in vars(options).items() if k not in ('out', 'overwrite')}
+    what = {k: v for k, v in vars(options).items() if k not in ('out', 'overwrite', 'config')}
     content = {'options': what, 'versions': _report.versions(), 'methods': records}
     _report.write_json(out / 'results.json', content)
     _report.write_text(out / 'table.txt', _report.table(records))

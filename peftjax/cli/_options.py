@@ -1,18 +1,56 @@
 """What the commands take."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from peftjax.cli import _config
+from peftjax.cli.language import _options as language
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options that arguments stand for, those of a `--config` file among them.
+
+    Args:
+      arguments: without the program's name.
+
+    Returns:
+      The options.
+
+    Raises:
+      SystemExit: with 0 after `--help`, with 2 where the arguments or the file make no sense.
+    """
+    whole, commands = _parsers()
+    sub = commands.get(arguments[0]) if arguments else None
+    found: list[str] = []
+    if sub is not None and arguments[0] in WITH_FILE:
+        try:
+            found = _config.from_file(sub, arguments[1:])
+        except (ValueError, OSError) as error:
+            sub.error(str(error))
+    return whole.parse_args([*arguments[:1], *found, *arguments[1:]])
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
+    return _parsers()[0]
+
+
+WITH_FILE = ('compare', 'tune')
+"""The commands that take `--config`: those whose `--out` is the folder of a run."""
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and those of its commands."""
     whole = argparse.ArgumentParser(
         prog='peftjax', description='Parameter-efficient fine-tuning for any JAX function.'
     )
     commands = whole.add_subparsers(dest='command', required=True, metavar='command')
-    for add in (_compare, _tune, _predict, _inspect):
+    for add in (_compare, _tune, _predict, _generate, _inspect):
         add(commands)
-    return whole
+    for name in WITH_FILE:
+        _config.add_option(commands.choices[name])
+    return whole, commands.choices
 
 
 def _compare(commands: Any) -> None:
@@ -35,26 +73,46 @@ def _compare(commands: Any) -> None:
 
 
 def _tune(commands: Any) -> None:
-    about = 'adapt an encoder by one method and save the adapter'
+    about = 'adapt an encoder or a language model by one method and save the adapter'
     sub = commands.add_parser('tune', help=about, description=about)
-    _model(sub)
-    _examples(sub)
     sub.add_argument(
-        '--shots', type=_count, help='take only so many examples of each label (all of them)'
+        '--model', default='', help='folder or hub name of an encoder or language model (MiniLM)'
     )
+    sub.add_argument(
+        '--train',
+        '--data',
+        help='jsonl or csv with text and label (the shipped messages); for language models jsonl '
+        'with messages, prompt and completion, or text',
+    )
+    sub.add_argument('--method', action=_Methods, default='lora', help=_METHODS)
+    sub.add_argument('--rate', type=float, help="learning rate (the method's own)")
+    sub.add_argument('--epochs', type=_count, help='passes over the examples (8; language 3)')
+    sub.add_argument('--batch', type=_count, help='rows of one step (16; language 8)')
     sub.add_argument(
         '--seed', type=int, default=0, help='of sampling, order and dropout (%(default)s)'
     )
-    _training(sub)
-    sub.add_argument(
-        '--method',
-        action=_Methods,
-        default='lora',
-        help='`list` prints them all and ends (%(default)s)',
-    )
-    sub.add_argument('--rate', type=float, help="learning rate (the method's own)")
     sub.add_argument('--out', required=True, help='folder for the adapter')
-    sub.add_argument('--overwrite', action='store_true', help='replace an earlier adapter in --out')
+    sub.add_argument('--overwrite', action='store_true', help='replace an earlier run in --out')
+    sub.add_argument('--text-column', help='name of the column (text)')
+    _tune_encoder(sub)
+    language.add_tune(sub, _count)
+
+
+def _tune_encoder(sub: argparse.ArgumentParser) -> None:
+    """What `tune` takes for an encoder; None stands for what was not asked for."""
+    part = sub.add_argument_group('for encoders')
+    part.add_argument('--test', help='file like --train, with the same labels')
+    part.add_argument(
+        '--shots', type=_count, help='take only so many examples of each label (all of them)'
+    )
+    part.add_argument('--label-column', help='name of the column (label)')
+    part.add_argument('--max-tokens', type=_count, help='longer texts are cut (64)')
+
+
+def _generate(commands: Any) -> None:
+    about = 'continue prompts with a language model and a saved adapter'
+    sub = commands.add_parser('generate', help=about, description=about)
+    language.add_generate(sub, _count)
 
 
 def _predict(commands: Any) -> None:
@@ -83,7 +141,9 @@ def _model(sub: argparse.ArgumentParser) -> None:
 
 
 def _examples(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument('--train', help='jsonl or csv with text and label (the shipped messages)')
+    sub.add_argument(
+        '--train', '--data', help='jsonl or csv with text and label (the shipped messages)'
+    )
     sub.add_argument('--test', help='likewise, with the same labels')
     sub.add_argument('--text-column', default='text', help='name of the column (%(default)s)')
     sub.add_argument('--label-column', default='label', help='name of the column (%(default)s)')
@@ -94,6 +154,9 @@ def _training(sub: argparse.ArgumentParser) -> None:
         '--epochs', type=_count, default=8, help='passes over the examples (%(default)s)'
     )
     sub.add_argument('--batch', type=_count, default=8, help='examples of one step (%(default)s)')
+
+
+_METHODS = '`list` prints them all and ends (%(default)s)'
 
 
 class _Methods(argparse.Action):
@@ -107,12 +170,19 @@ class _Methods(argparse.Action):
 
 def _list_methods(parser: argparse.ArgumentParser) -> NoReturn:
     from peftjax.cli._recipes import DEFAULT, RECIPES
+    from peftjax.cli.language._recipes import RECIPES as LANGUAGE
 
-    width = max(map(len, RECIPES))
-    for recipe in RECIPES.values():
-        mark = '*' if recipe.name in DEFAULT else ' '
-        print(f'{mark} {recipe.name.ljust(width)}  {recipe.about}')
+    def show(recipes: Any, marked: Sequence[str]) -> None:
+        width = max(map(len, recipes))
+        for recipe in recipes.values():
+            mark = '*' if recipe.name in marked else ' '
+            print(f'{mark} {recipe.name.ljust(width)}  {recipe.about}')
+
+    show(RECIPES, DEFAULT)
     print('* what compare runs unless told otherwise')
+    if parser.prog.endswith(' tune'):
+        print('\nfor language models:')
+        show(LANGUAGE, ())
     parser.exit()
 
 

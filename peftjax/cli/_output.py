@@ -4,7 +4,9 @@ import pathlib
 import re
 import shutil
 
-RESULTS = ('results.json', 'accuracy.png', 'table.txt')
+from peftjax.cli import _config
+
+RESULTS = ('results.json', 'accuracy.png', 'table.txt', _config.FILE)
 ADAPTERS = 'adapters'
 
 

@@ -2,21 +2,19 @@
 
 import argparse
 import json
-import pathlib
-import sys
 
 import jax
 import numpy as np
 
-from peftjax.cli import _saved
+from peftjax.cli import _input, _saved
 from peftjax.cli._task import Task, call, load_task
 from peftjax.cli._terminal import say
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    loaded, about = _saved.load(options.adapter)
-    texts = _texts(options)
+    loaded, about = _saved.load(options.adapter, _saved.TASK)
+    texts = _input.texts(options.text, options.file, 'text to label')
     task = _task(options.model or about['model'], about['labels'], about['max_tokens'])
     loaded.check(task.params, allow_other_base=options.any_base)
     forward = loaded.peft.wrap(task.apply)
@@ -31,7 +29,7 @@ def _task(model: str, names: list[str], max_tokens: int) -> Task:
     try:
         return load_task(model, tuple(names), max_tokens)
     except OSError as error:
-        raise OSError(f'{error} Where the model has moved, say so with --model') from error
+        raise OSError(f'{error} {_saved.MOVED}') from error
 
 
 def _line(text: str, logits: np.ndarray, names: tuple[str, ...]) -> str:
@@ -41,24 +39,3 @@ def _line(text: str, logits: np.ndarray, names: tuple[str, ...]) -> str:
     best = int(chances.argmax())
     found = {'text': text, 'label': names[best], 'probability': round(float(chances[best]), 4)}
     return json.dumps(found, ensure_ascii=False)
-
-
-def _texts(options: argparse.Namespace) -> tuple[str, ...]:
-    """The texts: from the command line, a file with one a line, or standard input."""
-    lines = options.text
-    if not lines:
-        content = _read(pathlib.Path(options.file)) if options.file else sys.stdin.read()
-        lines = content.split('\n')
-    texts = tuple(line.strip() for line in lines if line.strip())
-    if not texts:
-        raise ValueError('there is no text to label: give texts, --file, or standard input')
-    return texts
-
-
-def _read(path: pathlib.Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f'no such file: {path}')
-    try:
-        return path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} must be UTF-8: byte {error.start} cannot be read') from error

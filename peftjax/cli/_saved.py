@@ -1,4 +1,4 @@
-"""The adapter folders that `tune` and `compare` leave and `predict` reads."""
+"""The adapter folders that `tune` and `compare` leave, and that `predict` and `generate` read."""
 
 import dataclasses
 import os
@@ -9,6 +9,12 @@ from peftjax import checkpoint
 from peftjax.cli._fit import Fitted, Fitter
 
 TASK = 'classification'
+LANGUAGE = 'language-model'
+READERS = {TASK: 'an encoder: peftjax predict', LANGUAGE: 'a language model: peftjax generate'}
+ADAPTER = 'adapter'
+"""Where the folder of a run on a language model holds its adapter."""
+
+MOVED = 'Where the model has moved, say so with --model'
 
 
 def save(
@@ -29,7 +35,7 @@ def save(
     task, recipe = fitter.task, fitter.recipe
     metadata = {
         'task': TASK,
-        'model': _lasting(task.model),
+        'model': lasting(task.model),
         'labels': list(task.names),
         'max_tokens': task.max_tokens,
         'method': recipe.name,
@@ -47,25 +53,38 @@ def save(
     return sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[checkpoint.Loaded, dict[str, Any]]:
-    """Reads an adapter folder.
+def load(folder: str | os.PathLike[str], task: str) -> tuple[checkpoint.Loaded, dict[str, Any]]:
+    """Reads an adapter folder, or the one in the folder of a run.
+
+    Args:
+      folder: the one or the other.
+      task: that the adapter must be for.
 
     Returns:
-      The adapter, and `model`, `labels` and `max_tokens` of its task.
+      The adapter, and what is known of its task: `model`, `max_tokens` and more.
 
     Raises:
-      ValueError: the adapter was made by something else.
+      ValueError: the adapter was made for something else.
     """
-    loaded = checkpoint.load(folder)
-    if loaded.metadata.get('task') != TASK:
+    loaded = checkpoint.load(find(folder))
+    found = loaded.metadata.get('task')
+    if found != task:
+        known = f'one of {READERS[found]} takes it' if found in READERS else (
+            f'one for something else: {loaded.metadata!r:.200}')  # fmt: skip
         raise ValueError(
-            f'{folder} must have been made by peftjax tune or compare; it is an adapter for '
-            f'something else: {loaded.metadata!r:.200}'
+            f'{folder} must hold an adapter of {READERS[task].split(":")[0]}; it holds {known}'
         )
     return loaded, loaded.metadata
 
 
-def _lasting(model: str) -> str:
+def find(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The adapter's folder: this one, or the one in the folder of a run."""
+    path = pathlib.Path(folder)
+    inner = path / ADAPTER
+    return inner if (inner / checkpoint.ADAPTER).is_file() else path
+
+
+def lasting(model: str) -> str:
     """A model's folder so that it is found from elsewhere; hub names stay as they are."""
     path = pathlib.Path(model).expanduser()
     return str(path.resolve()) if model and path.is_dir() else model

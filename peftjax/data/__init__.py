@@ -8,6 +8,7 @@ from peftjax.data._batches import Batch as Batch
 from peftjax.data._batches import Tokens as Tokens
 from peftjax.data._batches import encode as encode
 from peftjax.data._batches import take as take
+from peftjax.data._prompts import encode_prompt as encode_prompt
 from peftjax.data._records import Record as Record
 from peftjax.data._records import load_records as load_records
 from peftjax.data._rows import LanguageBatch as LanguageBatch

@@ -106,7 +106,8 @@ def _fitted(where: str, sample: Sample, most: int, too_long: str) -> Sample | No
     return cut
 
 
-def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+def ids_of(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """The tokens of a text, with what a tokenizer puts around texts or without."""
     if callable(tokenizer):
         out: Any = tokenizer(text, add_special_tokens=special)
         return list(out['input_ids'])
@@ -120,12 +121,12 @@ def _plain(tokenizer: Any, record: Record, eos_id: int | None) -> tuple[list[int
     """A text, or a prompt and its completion."""
     if eos_id is None:
         raise ValueError('the tokenizer names no end-of-text token: pass eos_id.')
-    body = _ids(tokenizer, record.text or record.prompt + record.completion)
-    front = _front(tokenizer, record.text or record.prompt)
-    ids = [*front, *body, eos_id]
+    body = ids_of(tokenizer, record.text or record.prompt + record.completion)
+    before = front(tokenizer, record.text or record.prompt)
+    ids = [*before, *body, eos_id]
     if record.text:
         return ids, [(0, len(ids))]
-    start = len(front) + _begins(
+    start = len(before) + _begins(
         tokenizer,
         record,
         record.prompt,
@@ -135,16 +136,16 @@ def _plain(tokenizer: Any, record: Record, eos_id: int | None) -> tuple[list[int
     return ids, [(start, len(ids))]
 
 
-def _front(tokenizer: Any, text: str) -> list[int]:
+def front(tokenizer: Any, text: str) -> list[int]:
     """What the tokenizer puts in front of a text (a beginning-of-text token)."""
-    bare, dressed = _ids(tokenizer, text), _ids(tokenizer, text, special=True)
+    bare, dressed = ids_of(tokenizer, text), ids_of(tokenizer, text, special=True)
     starts = range(len(dressed) - len(bare) + 1)
     return dressed[: next(i for i in starts if dressed[i : i + len(bare)] == bare)]
 
 
 def _begins(tokenizer: Any, record: Record, text: str, ids: list[int], mend: str) -> int:
     """How many tokens a text has that must begin others."""
-    own = _ids(tokenizer, text)
+    own = ids_of(tokenizer, text)
     if ids[: len(own)] != own:
         at = next(i for i, pair in enumerate(itertools.zip_longest(own, ids)) if len({*pair}) > 1)
         raise ValueError(
@@ -158,14 +159,9 @@ def _begins(tokenizer: Any, record: Record, text: str, ids: list[int], mend: str
 def _conversation(
     tokenizer: Any, record: Record, template: str | None, answers_only: bool
 ) -> tuple[list[int], _Spans]:
-    if template is None or not hasattr(tokenizer, 'apply_chat_template'):
-        raise ValueError(
-            f'{record.where} is a conversation: it needs a transformers tokenizer with a chat '
-            'template. Load one of an instruction-tuned model, or pass chat_template.'
-        )
     messages = list(record.messages)
-    whole = _rendered(tokenizer, record, messages, template, False)
-    ids = _ids(tokenizer, whole)
+    whole = rendered(tokenizer, record, messages, template, False)
+    ids = ids_of(tokenizer, whole)
     spans = _answers(tokenizer, record, template, whole) if answers_only else ()
     mend = 'Use another chat template, or answers_only=False'
     return ids, [
@@ -178,15 +174,15 @@ def _conversation(
 
 
 def _answers(
-    tokenizer: Any, record: Record, template: str, whole: str
+    tokenizer: Any, record: Record, template: str | None, whole: str
 ) -> Iterator[tuple[str, str]]:
     """For each answer, the conversation as rendered up to it, and with it."""
     messages = list(record.messages)
     for i, message in enumerate(messages):
         if message['role'] != 'assistant':
             continue
-        before = _rendered(tokenizer, record, messages[:i], template, True)
-        after = _rendered(tokenizer, record, messages[: i + 1], template, False)
+        before = rendered(tokenizer, record, messages[:i], template, True)
+        after = rendered(tokenizer, record, messages[: i + 1], template, False)
         if not after.startswith(before) or not whole.startswith(after):
             raise ValueError(
                 f'{record.where}: the chat template renders message {i} in another way when it is '
@@ -196,13 +192,19 @@ def _answers(
         yield before, after
 
 
-def _rendered(
+def rendered(
     tokenizer: Any,
     record: Record,
     messages: Sequence[Mapping[str, Any]],
-    template: str,
+    template: str | None,
     ask: bool,
 ) -> str:
+    """The first messages of a record as text; `ask` ends it where an answer begins."""
+    if template is None or not hasattr(tokenizer, 'apply_chat_template'):
+        raise ValueError(
+            f'{record.where} is a conversation: it needs a transformers tokenizer with a chat '
+            'template. Load one of an instruction-tuned model, or pass chat_template.'
+        )
     how = {'tokenize': False, 'add_generation_prompt': ask, 'chat_template': template}
     try:
         return tokenizer.apply_chat_template([*messages], **how)

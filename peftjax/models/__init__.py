@@ -19,6 +19,8 @@ from peftjax.models._encoder import SequenceClassifier as SequenceClassifier
 from peftjax.models._encoder import mean_pool as mean_pool
 from peftjax.models._families import read_decoder_config as read_decoder_config
 from peftjax.models._hub import default_model_path as default_model_path
+from peftjax.models._hub import model_folder as model_folder
+from peftjax.models._kind import model_kind as model_kind
 from peftjax.models._load import Loaded as Loaded
 from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes

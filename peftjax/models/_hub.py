@@ -27,6 +27,10 @@ def model_folder(path_or_hub_name: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       FileNotFoundError: the argument is a path, and there is no such folder.
       ConnectionError: the hub does not give the model.
+
+    Example:
+      >>> model_folder('.').name
+      ''
     """
     text = os.fspath(path_or_hub_name)
     folder = pathlib.Path(text).expanduser()

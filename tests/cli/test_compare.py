@@ -10,6 +10,7 @@ import pytest
 from peftjax import checkpoint
 from peftjax.cli._options import parser
 from peftjax.cli._recipes import DEFAULT, RECIPES
+from peftjax.cli.language._recipes import RECIPES as LANGUAGE
 
 README = pathlib.Path(__file__).parents[2] / 'README.md'
 FEW = ('--shots', 2, '--epochs', 1, '--seeds', 0, '--methods')
@@ -17,7 +18,7 @@ FEW = ('--shots', 2, '--epochs', 1, '--seeds', 0, '--methods')
 
 def test_it_leaves_table_picture_json_and_adapters(compared):
     assert {path.name for path in compared.iterdir()} == {
-        'results.json', 'table.txt', 'accuracy.png', 'adapters',
+        'results.json', 'table.txt', 'accuracy.png', 'adapters', 'options.toml',
     }  # fmt: skip
     head, _, *rows = (compared / 'table.txt').read_text().splitlines()
     columns = 'method', 'trained', '% of model', 'on disk', 'steps/s', 'peak', 'accuracy'
@@ -55,7 +56,7 @@ def test_a_run_cut_off_keeps_its_finished_methods(peftjax, here, tmp_path, monke
     assert (tmp_path / 'table.txt').read_text().splitlines()[-1].startswith('frozen')
     assert not (tmp_path / 'accuracy.png').exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        'adapters', 'results.json', 'table.txt',
+        'adapters', 'options.toml', 'results.json', 'table.txt',
     ]  # fmt: skip
 
 
@@ -94,12 +95,15 @@ def test_list_prints_all_methods_and_ends(peftjax):
     *rows, _ = ran.out.splitlines()
     assert [row.split()[-len(row.split()) + row.startswith('*')] for row in rows] == list(RECIPES)
     assert [row.split()[1] for row in rows if row.startswith('*')] == list(DEFAULT)
-    assert peftjax('tune', '--method', 'list').out == ran.out
+    of_tune = peftjax('tune', '--method', 'list').out
+    assert of_tune.startswith(ran.out)
+    _, _, *language = of_tune.removeprefix(ran.out).splitlines()
+    assert [row.split()[0] for row in language] == list(LANGUAGE)
 
 
 def test_the_readme_is_right_about_the_commands():
     text = README.read_text()
-    for command in re.findall(r'peftjax ((?:compare|tune|predict|inspect)[^`\n]*)', text):
+    for command in re.findall(r'peftjax ((?:compare|tune|predict|generate|inspect)[^`\n]*)', text):
         parser().parse_args(shlex.split(command))
     assert 'compares nine ways' in text and len(DEFAULT) == 9
 

@@ -90,13 +90,17 @@ def test_a_file_where_the_results_should_go(peftjax, here, tmp_path):
     assert (tmp_path / 'out').read_text() == 'mine'
 
 
-@pytest.mark.parametrize('command', ['compare', 'tune', 'predict', 'inspect'])
+@pytest.mark.parametrize('command', ['compare', 'tune', 'predict', 'generate', 'inspect'])
 def test_help_names_every_option(peftjax, command):
     ran = peftjax(command, '--help')
     assert ran.code == 0 and ran.out.startswith(f'usage: peftjax {command}')
     promised = {
-        'compare': '--model --train --test --shots --seeds --methods --epochs --batch --out',
-        'tune': '--model --train --test --shots --seed --method --rate --out --overwrite',
+        'compare': '--model --train --test --shots --seeds --methods --epochs --batch --out --config',
+        'tune': '--model --train --data --test --shots --seed --method --rate --out --overwrite '
+        '--config --epochs --steps --batch --length --pack --no-pack --answer-only --eval-data '
+        '--eval-part --warmup --decay --dtype --quantize --tensorboard',
+        'generate': 'adapter prompt --file --model --chat --max-tokens --temperature --top-k '
+        '--top-p --seed',
         'predict': '--file --model --any-base standard',
         'inspect': 'model adapter',
     }
@@ -107,7 +111,7 @@ def test_help_names_every_option(peftjax, command):
 def test_help_names_every_command(peftjax):
     ran = peftjax('--help')
     assert ran.code == 0
-    assert all(name in ran.out for name in ('compare', 'tune', 'predict', 'inspect'))
+    assert all(name in ran.out for name in ('compare', 'tune', 'predict', 'generate', 'inspect'))
 
 
 def test_an_unknown_command(peftjax):

@@ -1,0 +1,150 @@
+"""`peftjax generate`: prompts continued by a language model, with an adapter or without."""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import peftjax as pj
+from peftjax import data
+from peftjax.cli import _input, _saved
+from peftjax.cli._terminal import say
+from peftjax.cli.language import _task
+from peftjax.cli.language._saved import load
+
+MULTIPLE = 16
+"""Prompts are padded to a multiple of this: few programs serve all."""
+
+
+class Model(NamedTuple):
+    """What generates.
+
+    Attributes:
+      task: the model.
+      forward: under the method.
+      phi: of the method.
+      virtual: how many virtual tokens it puts in front.
+    """
+
+    task: _task.Task
+    forward: Callable[..., Any]
+    phi: Any
+    virtual: int
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    adapter, words = _words(options)
+    sampling = _sampling(options)
+    texts = _input.texts(words, options.file, 'prompt to continue')
+    model = _model(options, adapter)
+    prompts = [data.encode_prompt(model.task.tokenizer, text, chat=options.chat) for text in texts]
+    _check_room(model, max(map(len, prompts)), options)
+    for text, ids in zip(texts, _continued(model, prompts, sampling, options), strict=True):
+        said = model.task.tokenizer.decode(ids, skip_special_tokens=True)
+        line = {'prompt': text, 'completion': said, 'tokens': len(ids)}
+        say(said if options.plain else json.dumps(line, ensure_ascii=False))
+    return 0
+
+
+def _words(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The adapter, and the prompts; with a model the first word may be a prompt already.
+
+    Raises:
+      ValueError: neither an adapter nor a model.
+    """
+    first, rest = options.adapter, list(options.prompt)
+    if first is None and not options.model:
+        raise ValueError('name the folder of an adapter, or a model with --model')
+    if first is not None and options.model and not pathlib.Path(first).is_dir():
+        return None, [first, *rest]
+    return first, rest
+
+
+def _sampling(options: argparse.Namespace) -> pj.Sampling | None:
+    """How tokens are drawn; the likeliest where no option asks for more."""
+    cut = options.top_k is not None or options.top_p is not None
+    if options.temperature == 0 and cut:
+        raise ValueError('--temperature 0 takes the likeliest token: leave --top-k and --top-p out')
+    if not options.temperature and not cut:
+        return None
+    return pj.Sampling(
+        temperature=1.0 if options.temperature is None else options.temperature,
+        top_k=options.top_k,
+        top_p=1.0 if options.top_p is None else options.top_p,
+    )
+
+
+def _model(options: argparse.Namespace, adapter: str | None) -> Model:
+    """Loads what the options name.
+
+    Raises:
+      OSError: the base is not where it was.
+      ValueError: an adapter of something else, or trained on another base.
+    """
+    if adapter is None:
+        task = _task.load(options.model, options.dtype or 'float32', options.quantize)
+        apply = pj.quantized_apply(task.decoder.apply_fn)
+        return Model(task, lambda params, phi, *args, **how: apply(params, *args, **how), {}, 0)
+    loaded, _ = load(options, adapter)
+    try:
+        task = _task.load(options.model, options.dtype, options.quantize)
+    except OSError as error:
+        raise OSError(f'{error} {_saved.MOVED}') from error
+    loaded.check(task.params, allow_other_base=options.any_base)
+    rooms = [part.virtual for _, part in loaded.peft.method.parts if part.virtual is not None]
+    forward = loaded.peft.wrap(task.decoder.apply_fn)
+    return Model(task, forward, loaded.phi, sum(room.length for room in rooms))
+
+
+def _check_room(model: Model, longest: int, options: argparse.Namespace) -> None:
+    """Refuses what would go beyond learned positions.
+
+    Raises:
+      ValueError: it would.
+    """
+    most, whole = model.task.config.positions, longest + model.virtual + options.max_tokens
+    if most and whole > most:
+        raise ValueError(
+            f'the model has {most} positions; a prompt of {longest} tokens, {model.virtual} '
+            f'virtual ones and --max-tokens {options.max_tokens} need {whole}. Lower --max-tokens'
+        )
+
+
+def _continued(
+    model: Model,
+    prompts: list[np.ndarray],
+    sampling: pj.Sampling | None,
+    options: argparse.Namespace,
+) -> Iterator[np.ndarray]:
+    """What follows each prompt, without the token that ended it."""
+    task, size = model.task, min(options.batch, len(prompts))
+    width = -(-max(map(len, prompts)) // MULTIPLE) * MULTIPLE
+    key = jax.random.key(options.seed)
+    for begin in range(0, len(prompts), size):
+        some = prompts[begin : begin + size]
+        ids, mask = _left(some + some[:1] * (size - len(some)), width, task.pad_id)
+        out = pj.generate(
+            model.forward, task.params, model.phi, ids, mask,
+            init_cache=task.decoder.init_cache, length=options.max_tokens, sampling=sampling,
+            key=None if sampling is None else jax.random.fold_in(key, begin),
+            stop=task.stop, pad_id=task.pad_id,
+        )  # fmt: skip
+        for row in range(len(some)):
+            kept = np.asarray(out.tokens[row, : int(out.lengths[row])])
+            yield kept[:-1] if len(kept) and int(kept[-1]) in task.stop else kept
+
+
+def _left(prompts: list[np.ndarray], width: int, pad_id: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts of one width, padding in front, and where they are."""
+    ids = np.full((len(prompts), width), pad_id, np.int32)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return jnp.asarray(ids), jnp.asarray(mask)

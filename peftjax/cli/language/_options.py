@@ -1,0 +1,87 @@
+"""What the commands take for decoder language models."""
+
+import argparse
+from typing import Any
+
+QUANTIZED = ('nf4', 'int4', 'int8')
+DTYPES = ('float32', 'bfloat16')
+
+
+def add_tune(sub: argparse.ArgumentParser, count: Any) -> None:
+    """Adds what `tune` takes for a language model; None stands for what was not asked for.
+
+    Args:
+      sub: the parser of the command.
+      count: type of an option that counts.
+    """
+    part = sub.add_argument_group('for language models')
+    for name in ('messages', 'prompt', 'completion'):
+        part.add_argument(f'--{name}-column', help=f'name of the column ({name})')
+    part.add_argument('--steps', type=count, help='end after so many steps, whatever --epochs')
+    part.add_argument('--length', type=count, help='tokens of a row (512)')
+    _switch(part, '--pack', 'several examples in a row (where the method can)')
+    _switch(part, '--answer-only', 'learn answers and completions alone (every token)')
+    part.add_argument(
+        '--too-long', choices=('refuse', 'cut', 'drop'), help='examples over --length (refuse)'
+    )
+    part.add_argument('--eval-data', metavar='FILE', help='jsonl like --data, to evaluate on')
+    part.add_argument(
+        '--eval-part', type=_part, metavar='PART', help='or a part of --data, held back (0)'
+    )
+    part.add_argument('--evaluations', type=count, help='how often, evenly spread (10)')
+    part.add_argument('--warmup', type=_part, metavar='PART', help='of the steps (0.05)')
+    part.add_argument(
+        '--decay', choices=('cosine', 'linear', 'none'), help='of the rate after it (cosine)'
+    )
+    part.add_argument('--weight-decay', type=float, help='on all that is trained (0.01)')
+    _model(part)
+    part.add_argument(
+        '--remat', choices=('none', 'full', 'names'), help='what a gradient keeps (names)'
+    )
+    _switch(part, '--tensorboard', 'write for TensorBoard too')
+
+
+def add_generate(sub: argparse.ArgumentParser, count: Any) -> None:
+    """Adds what `generate` takes.
+
+    Args:
+      sub: the parser of the command.
+      count: type of an option that counts.
+    """
+    sub.add_argument('adapter', nargs='?', help='folder that tune left; none with --model')
+    sub.add_argument('prompt', nargs='*', help='otherwise --file or standard input')
+    sub.add_argument('--file', help='one prompt a line')
+    sub.add_argument('--model', help='folder or hub name: alone, or where the base has moved')
+    sub.add_argument('--any-base', action='store_true', help='take a model of other weights')
+    sub.add_argument(
+        '--chat', action='store_true', help="prompts through the model's chat template"
+    )
+    sub.add_argument('--plain', action='store_true', help='print the texts alone, not as JSON')
+    sub.add_argument(
+        '--max-tokens', type=count, default=128, help='the most that follows (%(default)s)'
+    )
+    sub.add_argument('--temperature', type=float, help='0 takes the likeliest token (0)')
+    sub.add_argument('--top-k', type=int, help='draw from so many of the likeliest tokens')
+    sub.add_argument('--top-p', type=float, help='draw from the likeliest of this probability')
+    sub.add_argument('--seed', type=int, default=0, help='of drawing (%(default)s)')
+    sub.add_argument('--batch', type=count, default=8, help='prompts at once (%(default)s)')
+    _model(sub)
+
+
+def _model(part: Any) -> None:
+    part.add_argument('--dtype', choices=DTYPES, help='of the base (float32)')
+    part.add_argument('--quantize', choices=QUANTIZED, help='the linear layers of the base')
+
+
+def _switch(part: Any, name: str, text: str) -> None:
+    part.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
+
+
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'must be from 0 to below 1; got {text!r}')
+    return value

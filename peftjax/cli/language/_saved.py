@@ -1,0 +1,70 @@
+"""The folder of a run on a language model, and the adapter in it."""
+
+import argparse
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import peftjax as pj
+from peftjax.cli import _config, _saved
+from peftjax.cli._saved import LANGUAGE
+from peftjax.cli.language import _metrics, _plot
+from peftjax.cli.language._fit import Fitted, Settings
+from peftjax.cli.language._recipes import Recipe
+from peftjax.cli.language._task import Task
+
+
+def clear(out: pathlib.Path) -> None:
+    """Makes the folder, without the results of an earlier run; what else is there stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (_metrics.FILE, _plot.FILE, _config.FILE):
+        (out / name).unlink(missing_ok=True)
+    for file in (out / _metrics.BOARD).glob('events.*'):
+        file.unlink()
+    adapter = out / _saved.ADAPTER
+    if (adapter / 'manifest.json').is_file():
+        shutil.rmtree(adapter)
+
+
+def save(
+    out: pathlib.Path,
+    task: Task,
+    peft: pj.Peft,
+    fitted: Fitted,
+    recipe: Recipe,
+    settings: Settings,
+    seed: int,
+) -> pathlib.Path:
+    """Writes the adapter into the folder of the run, whole or not at all; returns where."""
+    metadata = {
+        'task': LANGUAGE,
+        'model': _saved.lasting(task.model),
+        'max_tokens': settings.length,
+        'method': recipe.name,
+        'seed': seed,
+        'settings': dataclasses.asdict(settings),
+    }
+    where = out / _saved.ADAPTER
+    return pj.save(where, peft, fitted.phi, params=task.params, metadata=metadata)
+
+
+def load(options: argparse.Namespace, adapter: str) -> tuple[pj.Loaded, dict[str, Any]]:
+    """Reads an adapter; what the options leave open of its base is as it was trained.
+
+    Args:
+      options: as parsed; changed.
+      adapter: the folder of a run or of an adapter.
+
+    Returns:
+      The adapter, and what is known of its task.
+
+    Raises:
+      ValueError: an adapter of something else.
+    """
+    loaded, about = _saved.load(adapter, LANGUAGE)
+    settings = about.get('settings', {})
+    options.model = options.model or about['model']
+    options.dtype = options.dtype or settings.get('dtype', 'float32')
+    options.quantize = options.quantize or settings.get('quantize')
+    return loaded, about

@@ -1,0 +1,85 @@
+"""`peftjax tune` on a language model: one method, one folder with adapter and metrics."""
+
+import argparse
+
+from peftjax.cli import _config, _output, _report, _roads
+from peftjax.cli._terminal import progress, say
+from peftjax.cli.language import _data, _metrics, _plot, _recipes, _saved, _task
+from peftjax.cli.language._fit import Fitted, Fitter, Settings
+from peftjax.cli.language._metrics import Metrics
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    _roads.settle(options, _roads.LANGUAGE, _roads.ENCODER)
+    recipe = _recipes.chosen(options.method)
+    out = _output.check_free(options.out, options.overwrite)
+    board = _metrics.board() if options.tensorboard else None
+    records = _data.read(options)
+    task = _task.load(options.model, options.dtype, options.quantize, options.remat)
+    method = recipe.build(task.config)
+    options.pack = _packs(options, method)
+    split = _data.rows(task, records, options, options.pack)
+    options.rate = recipe.rate if options.rate is None else options.rate
+    settings = _settings(options, split)
+    fitter = Fitter(task, task.attach(method), settings)
+    say(f'{fitter.peft}\n{_about(split, settings)}')
+    _saved.clear(out)
+    _config.write(out / _config.FILE, options)
+    with Metrics(out, board) as metrics, progress(settings.steps) as bar:
+        bar.set_description(recipe.name)
+        fitted = fitter.fit(split, options.seed, options.evaluations, metrics, bar)
+    _plot.draw(out / _plot.FILE, metrics.rows, f'{recipe.name}, {options.train}')
+    _saved.save(out, task, fitter.peft, fitted, recipe, settings, options.seed)
+    say(_end(fitted, settings))
+    say(f'written to {out}')
+    return 0
+
+
+def _packs(options: argparse.Namespace, method: object) -> bool:
+    """Whether a row holds several examples: where the method can, unless told otherwise.
+
+    Raises:
+      ValueError: it is asked of a method that cannot.
+    """
+    virtual = getattr(method, 'virtual', None) is not None
+    if virtual and options.pack:
+        raise ValueError(
+            f'--pack is not for {options.method}: the virtual tokens stand in front of a row, and '
+            'only its first example would see them. Leave it out'
+        )
+    return not virtual if options.pack is None else options.pack
+
+
+def _settings(options: argparse.Namespace, split: _data.Split) -> Settings:
+    return Settings(
+        rate=options.rate,
+        steps=options.steps or options.epochs * -(-len(split.train) // options.batch),
+        batch=options.batch,
+        length=options.length,
+        pack=options.pack,
+        answer_only=options.answer_only,
+        warmup=options.warmup,
+        decay=options.decay,
+        weight_decay=options.weight_decay,
+        dtype=options.dtype,
+        quantize=options.quantize,
+    )
+
+
+def _about(split: _data.Split, settings: Settings) -> str:
+    """What will be done, in a line or two."""
+    parts = [f'{len(split.train.samples):,} examples in {len(split.train):,} rows']
+    if split.held is not None:
+        parts.append(f'{len(split.held.samples):,} to evaluate on')
+    if split.dropped:
+        parts.append(f'{split.dropped:,} left out, over {settings.length} tokens')
+    return f'{", ".join(parts)}; {settings.steps:,} steps of {settings.batch}'
+
+
+def _end(fitted: Fitted, settings: Settings) -> str:
+    speed = fitted.tokens / fitted.seconds
+    return (
+        f'{settings.steps:,} steps in {fitted.seconds:.1f} s, {speed:,.0f} tokens/s, '
+        f'{_report.size(fitted.peak_bytes)} at most'
+    )
