@@ -42,6 +42,8 @@ from peftjax.methods import PromptTuning as PromptTuning
 from peftjax.methods import Trainable as Trainable
 from peftjax.methods import TrainableTokens as TrainableTokens
 from peftjax.optim import masked_optimizer as masked_optimizer
+from peftjax.planning import Plan as Plan
+from peftjax.planning import plan as plan
 from peftjax.train import TrainState as TrainState
 from peftjax.train import start as start
 from peftjax.train import train_step as train_step

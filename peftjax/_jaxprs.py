@@ -18,7 +18,12 @@ def names_in(eqn: Any) -> list[str]:
     """The values that an equation names, itself or inside."""
     if eqn.primitive.name == 'name':
         return [eqn.params['name']]
-    return [name for inner in jex.jaxprs_in_params(eqn.params) for name in names(inner)]
+    return [name for one in inner(eqn) for name in names(one)]
+
+
+def inner(eqn: Any) -> list[Any]:
+    """The jaxprs inside an equation."""
+    return list(jex.jaxprs_in_params(eqn.params))
 
 
 def run_as_they_are(eqns: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], values: Any):

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from peftjax.cli import _config
+from peftjax.cli import _config, _folder_options
+from peftjax.cli._numbers import count
 from peftjax.cli.language import _options as language
 
 
@@ -46,7 +47,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         prog='peftjax', description='Parameter-efficient fine-tuning for any JAX function.'
     )
     commands = whole.add_subparsers(dest='command', required=True, metavar='command')
-    for add in (_compare, _tune, _predict, _generate, _inspect):
+    folders = (_folder_options.plan,)
+    for add in (_compare, _tune, _predict, _generate, _inspect, *folders):
         add(commands)
     for name in WITH_FILE:
         _config.add_option(commands.choices[name])
@@ -59,7 +61,7 @@ def _compare(commands: Any) -> None:
     _model(sub)
     _examples(sub)
     sub.add_argument(
-        '--shots', type=_count, default=10, help='training examples of each label (%(default)s)'
+        '--shots', type=count, default=10, help='training examples of each label (%(default)s)'
     )
     sub.add_argument(
         '--seeds', type=_seeds, default='0,1,2', help='comma-separated numbers (%(default)s)'
@@ -86,8 +88,8 @@ def _tune(commands: Any) -> None:
     )
     sub.add_argument('--method', action=_Methods, default='lora', help=_METHODS)
     sub.add_argument('--rate', type=float, help="learning rate (the method's own)")
-    sub.add_argument('--epochs', type=_count, help='passes over the examples (8; language 3)')
-    sub.add_argument('--batch', type=_count, help='rows of one step (16; language 8)')
+    sub.add_argument('--epochs', type=count, help='passes over the examples (8; language 3)')
+    sub.add_argument('--batch', type=count, help='rows of one step (8)')
     sub.add_argument(
         '--seed', type=int, default=0, help='of sampling, order and dropout (%(default)s)'
     )
@@ -95,7 +97,7 @@ def _tune(commands: Any) -> None:
     sub.add_argument('--overwrite', action='store_true', help='replace an earlier run in --out')
     sub.add_argument('--text-column', help='name of the column (text)')
     _tune_encoder(sub)
-    language.add_tune(sub, _count)
+    language.add_tune(sub, count)
 
 
 def _tune_encoder(sub: argparse.ArgumentParser) -> None:
@@ -103,16 +105,16 @@ def _tune_encoder(sub: argparse.ArgumentParser) -> None:
     part = sub.add_argument_group('for encoders')
     part.add_argument('--test', help='file like --train, with the same labels')
     part.add_argument(
-        '--shots', type=_count, help='take only so many examples of each label (all of them)'
+        '--shots', type=count, help='take only so many examples of each label (all of them)'
     )
     part.add_argument('--label-column', help='name of the column (label)')
-    part.add_argument('--max-tokens', type=_count, help='longer texts are cut (64)')
+    part.add_argument('--max-tokens', type=count, help='longer texts are cut (64)')
 
 
 def _generate(commands: Any) -> None:
     about = 'continue prompts with a language model and a saved adapter'
     sub = commands.add_parser('generate', help=about, description=about)
-    language.add_generate(sub, _count)
+    language.add_generate(sub, count)
 
 
 def _predict(commands: Any) -> None:
@@ -136,7 +138,7 @@ def _inspect(commands: Any) -> None:
 def _model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument('--model', default='', help='folder or hub name of a BERT or RoBERTa (MiniLM)')
     sub.add_argument(
-        '--max-tokens', type=_count, default=64, help='longer texts are cut (%(default)s)'
+        '--max-tokens', type=count, default=64, help='longer texts are cut (%(default)s)'
     )
 
 
@@ -151,9 +153,9 @@ def _examples(sub: argparse.ArgumentParser) -> None:
 
 def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        '--epochs', type=_count, default=8, help='passes over the examples (%(default)s)'
+        '--epochs', type=count, default=8, help='passes over the examples (%(default)s)'
     )
-    sub.add_argument('--batch', type=_count, default=8, help='examples of one step (%(default)s)')
+    sub.add_argument('--batch', type=count, default=8, help='examples of one step (%(default)s)')
 
 
 _METHODS = '`list` prints them all and ends (%(default)s)'
@@ -184,12 +186,6 @@ def _list_methods(parser: argparse.ArgumentParser) -> NoReturn:
         print('\nfor language models:')
         show(LANGUAGE, ())
     parser.exit()
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number from 1 up; got {text!r}')
-    return int(text)
 
 
 def _seeds(text: str) -> list[int]:

@@ -23,7 +23,7 @@ ENCODER = Road(
     'an encoder',
     {
         'epochs': 8,
-        'batch': 16,
+        'batch': 8,
         'test': None,
         'shots': None,
         'text_column': 'text',

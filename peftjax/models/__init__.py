@@ -21,10 +21,13 @@ from peftjax.models._families import read_decoder_config as read_decoder_config
 from peftjax.models._hub import default_model_path as default_model_path
 from peftjax.models._hub import model_folder as model_folder
 from peftjax.models._kind import model_kind as model_kind
+from peftjax.models._linears import linears as linears
 from peftjax.models._load import Loaded as Loaded
 from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes
 from peftjax.models._load_decoder import LoadedDecoder as LoadedDecoder
 from peftjax.models._load_decoder import load_decoder as load_decoder
+from peftjax.models._placement import batch_sharding as batch_sharding
+from peftjax.models._placement import decoder_sharding as decoder_sharding
 from peftjax.models._save_decoder import save_decoder as save_decoder
 from peftjax.models._tokenizer import load_tokenizer as load_tokenizer

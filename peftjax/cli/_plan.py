@@ -1,0 +1,124 @@
+"""`peftjax plan`: what tuning a decoder will take, from its config.json alone."""
+
+import argparse
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import peftjax as pj
+from peftjax import _paths, losses, models
+from peftjax.cli._language import method_for
+from peftjax.cli._terminal import say
+from peftjax.models._checkpoint import read_json
+from peftjax.models._load_decoder import saved_names
+
+RATE = 1e-4  # Any will do: it changes neither bytes nor FLOPs.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    'adamw': lambda: optax.adamw(RATE),
+    'adafactor': lambda: optax.adafactor(RATE),
+    'lion': lambda: optax.lion(RATE),
+    'sgd': lambda: optax.sgd(RATE),
+}
+SCHEMES = {'nf4': pj.NF4, 'int4': pj.INT4, 'int8': pj.INT8}
+
+
+class Shapes(NamedTuple):
+    """A decoder, and the shapes of its parameters and of a batch of tokens, where they lie."""
+
+    model: models.Decoder
+    params: Any
+    ids: jax.ShapeDtypeStruct
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    config = models.read_decoder_config(_fields(pathlib.Path(options.model).expanduser()))
+    shapes = _shapes(config, options, _mesh(options.mesh))
+    method = method_for(options.method, config, options.rank, options.target)
+    peft = pj.attach(method, shapes.model.apply_fn, shapes.params, shapes.ids)
+    say(str(peft) + '\n')
+    found = pj.plan(
+        peft,
+        _loss(peft, shapes.model),
+        shapes.params,
+        shapes.ids,
+        tx=OPTIMIZERS[options.optimizer](),
+        tokens=options.batch * options.length,
+    )
+    say(str(found))
+    return 0
+
+
+def _fields(path: pathlib.Path) -> dict[str, Any]:
+    """The content of a config.json, given as such or by its folder."""
+    if not path.exists():
+        raise FileNotFoundError(f'no such folder or file: {path}. A plan needs a config.json')
+    return read_json(path / 'config.json' if path.is_dir() else path)
+
+
+def _mesh(axes: dict[str, int]) -> jax.sharding.Mesh | None:
+    """A mesh of CPU devices: a plan needs as many as it is for, and nothing is put on them."""
+    jax.config.update('jax_platforms', 'cpu')
+    if not axes:
+        return None
+    count = math.prod(axes.values())
+    try:
+        jax.config.update('jax_num_cpu_devices', count)
+    except RuntimeError:  # JAX runs already, with as many as it has.
+        pass
+    if len(jax.devices()) < count:
+        raise ValueError(f'a mesh of {count} devices is wanted; JAX runs with {jax.device_count()}')
+    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+    devices = jax.devices()[:count]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
+
+
+def _shapes(
+    config: models.DecoderConfig, options: argparse.Namespace, mesh: jax.sharding.Mesh | None
+) -> Shapes:
+    dtype = jnp.dtype(options.dtype)
+    compute = models.Compute(dtype=dtype, param_dtype=dtype, save=saved_names(options.remat))
+    model = models.Decoder(config, compute)
+    ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
+    if options.quantize:
+        params = pj.quantize(params, SCHEMES[options.quantize], target=models.linears(config))
+    if mesh is None:
+        return Shapes(model, params, ids)
+    rows = math.prod(mesh.shape[axis] for axis in ('data', 'fsdp') if axis in mesh.axis_names)
+    if options.batch % rows:
+        raise ValueError(f'the batch must be a multiple of {rows}, as its rows are dealt out over '
+                         f'so many devices; got {options.batch}')  # fmt: skip
+    where = models.decoder_sharding(config, mesh)
+    placed = {path: _at(leaf, where(path)) for path, leaf in _paths.leaves(params).items()}
+    ids = _at(ids, models.batch_sharding(mesh))
+    return Shapes(model, _paths.replace(params, placed), ids)
+
+
+def _at(leaf: Any, where: Any) -> Any:
+    """A shape that lies somewhere; of a quantized leaf, its codes and scales."""
+    if not isinstance(leaf, pj.Quantized):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(_at, leaf, leaf.shardings(where))
+
+
+def _loss(peft: pj.Peft, model: models.Decoder) -> Any:
+    """The next-token loss on all tokens, fused with the head."""
+
+    def mean(params: Any, input_ids: jax.Array, *, labels: jax.Array) -> jax.Array:
+        hidden = model.apply_fn(params, input_ids, method='hidden')
+        weight, soft_cap = model.head_weight(params)
+        targets = losses.next_tokens(labels)
+        return losses.next_token_loss(hidden, weight, targets, soft_cap=soft_cap).mean
+
+    forward = peft.wrap(mean)
+
+    def loss_fn(params: Any, phi: Any, ids: jax.Array, key: jax.Array) -> jax.Array:
+        return forward(params, phi, ids, labels=ids, dropout_key=key)
+
+    return loss_fn

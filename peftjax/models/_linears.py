@@ -1,0 +1,48 @@
+"""Which leaves of a decoder are the products of its blocks."""
+
+import re
+from collections.abc import Iterable
+
+from peftjax.models._decoder_config import DecoderConfig
+
+
+def linears(config: DecoderConfig, parts: Iterable[str] | None = None) -> str:
+    """A regular expression that finds the kernels of linear layers, of experts too.
+
+    Embedding, head and the router of experts are left out.
+
+    Args:
+      config: of the decoder.
+      parts: which: fields of `config.names`, such as `('query', 'value')`. Those that the decoder
+        has in one product with others find that product. None is all.
+
+    Returns:
+      A target, for `pj.Lora(target=...)` or `pj.quantize(..., target=...)`.
+
+    Raises:
+      ValueError: a part that is none of them.
+
+    Example:
+      >>> from peftjax.models import read_decoder_config
+      >>> config = read_decoder_config({'model_type': 'llama', 'vocab_size': 64, 'hidden_size': 16,
+      ...     'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 24})
+      >>> linears(config, ('query', 'down'))
+      '/layers/.*(self_attn/q_proj|mlp/down_proj)/kernel$'
+    """
+    names = config.names
+    home = dict.fromkeys(_ATTENTION, names.attention)
+    home |= dict.fromkeys(_MLP, names.mlp if names.router is None else names.experts)
+    fused = dict.fromkeys(('query', 'key', 'value'), names.query_key_value)
+    fused |= dict.fromkeys(('gate', 'up'), names.gate_up)
+    found: dict[str, None] = {}
+    for part in home if parts is None else parts:
+        if part not in home:
+            raise ValueError(f'parts must be among {[*home]}, got {part!r}.')
+        name = fused.get(part) or getattr(names, part)
+        if name is not None:
+            found[f'{home[part]}/{re.escape(name)}'] = None
+    return f'/{names.layers}/.*({"|".join(found)})/kernel$'
+
+
+_ATTENTION = ('query', 'key', 'value', 'output')
+_MLP = ('gate', 'up', 'down')

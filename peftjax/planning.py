@@ -1,0 +1,199 @@
+"""What tuning a model will take, from shapes alone."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peftjax import _paths
+from peftjax._flops import flops
+from peftjax._peft import Peft
+from peftjax._types import PyTree
+from peftjax.train import LossFn, start, train_step
+
+CPU_OPTIONS: Mapping[str, Any] = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+"""A CPU computes in float32 what is bfloat16, and casts stacked weights as a whole, before the loop
+over layers; accelerators hold no such copy."""
+
+
+class Held(NamedTuple):
+    """Bytes of what lives from step to step.
+
+    Attributes:
+      params: of theta.
+      phi: of phi.
+      optimizer: of the optimizer's state.
+    """
+
+    params: int
+    phi: int
+    optimizer: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What tuning takes; `print` it.
+
+    Attributes:
+      params: number of parameters of the model.
+      trained: number of trained parameters.
+      whole: bytes, all devices together, each array once.
+      device: bytes on each device.
+      temporaries: bytes on each device of what a step holds besides: activations kept for the
+        backward pass, gradients, and what is needed in passing.
+      flops: of the products of one step, all devices together.
+      tokens: of one step.
+      devices: how many.
+      platform: that the step was compiled for.
+    """
+
+    params: int
+    trained: int
+    whole: Held
+    device: Held
+    temporaries: int
+    flops: float
+    tokens: int
+    devices: int
+    platform: str
+
+    @property
+    def peak(self) -> int:
+        """Bytes on each device while a step runs."""
+        return sum(self.device) + self.temporaries
+
+    def __str__(self) -> str:
+        percent = 100 * self.trained / self.params
+        rows = [
+            ('parameters', f'{self.params:,}'),
+            ('trained', f'{self.trained:,} ({percent:.3g} %)'),
+            *((f'bytes of {name}', self._bytes(i)) for i, name in enumerate(_NAMES)),
+            ('temporaries of a step', _size(self.temporaries) + self._each),
+            ('all of it', _size(self.peak) + self._each),
+            ('tokens of a step', f'{self.tokens:,}'),
+            ('FLOPs of a step', f'{self.flops:.4g}'),
+            ('FLOPs per token', f'{self.flops / self.tokens:.4g}'),
+            ('compiled for', f'{self.devices} × {self.platform}'),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return '\n'.join(f'{name.ljust(width)}  {value}' for name, value in rows)
+
+    @property
+    def _each(self) -> str:
+        return ' on each device' if self.devices > 1 else ''
+
+    def _bytes(self, index: int) -> str:
+        whole, device = _size(self.whole[index]), _size(self.device[index])
+        return f'{whole}, {device} on each device' if self.devices > 1 else whole
+
+
+_NAMES = ('theta', 'phi', 'optimizer state')
+
+
+def plan(
+    peft: Peft,
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: Any,
+    *,
+    tx: optax.GradientTransformation,
+    tokens: int,
+) -> Plan:
+    """Plans the training of phi: the step of `pj.train_step` is compiled and never run.
+
+    No weights are needed, nor room for them: `params` and `batch` may be
+    `jax.ShapeDtypeStruct`s. Where these have a `NamedSharding`, phi and the optimizer's state are
+    planned whole on every device of that mesh, and the step is compiled for it.
+
+    Temporaries are those that the compiler plans (`memory_analysis`), on whatever backend is there.
+    On a CPU they are more than on an accelerator: attention scores are held for the layer at hand,
+    which a fused kernel does not; one copy that a CPU alone would make is kept out (`CPU_OPTIONS`).
+
+    FLOPs are those of products, two for a multiplication and an addition, found in the traced
+    step, recomputation included: `cost_analysis` takes the body of a loop once, so that scanned
+    layers would count as one. Kernels that hide their products (cuDNN's attention) count nothing.
+
+    Args:
+      peft: as from `attach`.
+      loss_fn: `loss_fn(params, phi, batch, key)`, as of `train_step`.
+      params: theta, or its shapes; leaves may be quantized.
+      batch: of one step, or its shapes.
+      tx: the optimizer.
+      tokens: how many tokens (or examples) the batch has.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: `params` is not the tree that the method was attached to.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj
+      >>> params = {'kernel': jax.ShapeDtypeStruct((256, 128), jnp.float32)}
+      >>> x = jax.ShapeDtypeStruct((32, 256), jnp.float32)
+      >>> model = lambda params, x: x @ params['kernel']
+      >>> peft = pj.attach(pj.Lora(rank=2, target='kernel'), model, params, x)
+      >>> forward = peft.wrap(model)
+      >>> loss_fn = lambda params, phi, x, key: (forward(params, phi, x) ** 2).mean()
+      >>> found = pj.plan(peft, loss_fn, params, x, tx=optax.adam(1e-3), tokens=32)
+      >>> found.params, found.trained, found.whole.params
+      (32768, 768, 131072)
+    """
+    mesh = _mesh(params, batch)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    phi = _placed(jax.eval_shape(peft.init, jax.random.key(0), params), everywhere)
+    fresh = lambda phi: start(tx, phi, jax.random.key(0))
+    state = _placed(jax.eval_shape(fresh, phi), everywhere)
+    traced = train_step(loss_fn, tx).trace(params, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
+    options = CPU_OPTIONS if platform == 'cpu' else {}
+    memory = traced.lower().compile(compiler_options=dict(options)).memory_analysis()
+    parts = (params, state.phi, state.opt_state)
+    return Plan(
+        params=sum(math.prod(leaf.shape) for leaf in _paths.leaves(params).values()),
+        trained=peft.count(),
+        whole=Held(*(sum(map(_nbytes, jax.tree.leaves(part))) for part in parts)),
+        device=Held(*(sum(map(_local_nbytes, jax.tree.leaves(part))) for part in parts)),
+        temporaries=memory.temp_size_in_bytes,
+        flops=flops(traced.jaxpr),
+        tokens=tokens,
+        devices=1 if mesh is None else mesh.size,
+        platform=platform,
+    )
+
+
+def _mesh(*trees: Any) -> Any:
+    """The mesh that arrays lie on, if they lie on one."""
+    shardings = (getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(trees))
+    return next((where.mesh for where in shardings if isinstance(where, NamedSharding)), None)
+
+
+def _placed(tree: Any, where: NamedSharding | None) -> Any:
+    """Shapes that lie somewhere."""
+    if where is None:
+        return tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _local_nbytes(leaf: Any) -> int:
+    where = getattr(leaf, 'sharding', None)
+    shape = leaf.shape if where is None else where.shard_shape(tuple(leaf.shape))
+    return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them; decimal units."""
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000 or unit == 'GB':
+            return f'{count:.3g} {unit}' if unit != 'B' else f'{count} B'
+        count /= 1000
+    raise AssertionError
