@@ -2,21 +2,14 @@
 
 Both programs live in one process and take turns, step by step, on the same batches; peak memory
 and the time to the first step are measured in a process of their own each. Prints one JSON line.
-Needs torch, transformers and peft: `python benchmarks/encoder_step.py`.
+Programs: fused, plain (both ours), torch. Needs torch, transformers and peft:
+`python benchmarks/encoder_step.py`.
 """
 
-import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 
+import beside
 import numpy as np
 
 SHAPE = dict(
@@ -117,88 +110,11 @@ def build(name, args):
     return their_step(batch, args.threads) if name == 'torch' else our_step(batch, name)
 
 
-def alone(name, args):
-    """Peak memory and seconds to the first step of one program in a fresh process."""
-    start = time.perf_counter()
-    command = [sys.executable, __file__, '--alone', name]
-    for field in ('rows', 'tokens', 'threads'):
-        command += [f'--{field}', str(getattr(args, field))]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    child.stdout.readline()
-    first = time.perf_counter() - start
-    peak = json.loads(child.stdout.readline())
-    if child.wait():
-        raise SystemExit(f'{name} failed')
-    return {'first_step_s': round(first, 2), 'peak_mib': round(peak)}
-
-
-def run_alone(name, args):
-    step, _ = build(name, args)
-    print(step(), flush=True)
-    for _ in range(5):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
-
-
-def interleave(names, args):
-    """Milliseconds per step of each program, one step of each in turn."""
-    steps, counts = zip(*(build(name, args) for name in names), strict=True)
-    assert len(set(counts)) == 1, counts
-    for step in steps:
-        step()
-        step()
-    times = {name: [] for name in names}
-    for _ in range(args.steps):
-        for name, step in zip(names, steps, strict=True):
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times, counts[0]
-
-
-def processor():
-    """The kind of CPU, and the widest vectors that it computes with."""
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-        facts = dict(line.split(':', 1) for line in file if ':' in line)
-    told = {name.strip(): value.strip() for name, value in facts.items()}
-    vectors = [v for v in ('avx512f', 'avx2', 'avx') if v in told.get('flags', '').split()]
-    return ', '.join([told.get('model name', platform.machine()), *vectors[:1]])
-
-
-def versions(names):
-    """Of what was timed."""
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--rows', type=int, default=32)
-    parser.add_argument('--tokens', type=int, default=128)
-    parser.add_argument('--steps', type=int, default=10)
-    parser.add_argument('--threads', type=int, default=os.cpu_count())
-    parser.add_argument('--programs', default='fused,torch', help='of fused, plain, torch')
-    parser.add_argument('--no-alone', action='store_true', help='step times only')
-    parser.add_argument('--alone', help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = beside.parser(__doc__, rows=32, tokens=128, programs=('fused', 'torch')).parse_args()
     if args.alone:
-        return run_alone(args.alone, args)
-    names = args.programs.split(',')
-    line = {'case': 'encoder_step', 'batch': [args.rows, args.tokens], 'threads': args.threads}
-    if not args.no_alone:
-        line['alone'] = {name: alone(name, args) for name in names}
-    times, count = interleave(names, args)
-    line['phi'] = count
-    line['median_ms'] = {name: round(statistics.median(t), 1) for name, t in times.items()}
-    line['min_ms'] = {name: round(min(t), 1) for name, t in times.items()}
-    if 'torch' in names:
-        line['ratio'] = {
-            name: round(line['median_ms'][name] / line['median_ms']['torch'], 3) for name in names
-        }
-    line['processor'] = processor()
-    line['versions'] = versions(['jax', 'torch', 'peft'])
-    line['load'] = [round(x, 2) for x in os.getloadavg()]
-    print(json.dumps(line))
+        return beside.run_alone(build, args)
+    print(json.dumps(beside.measure('encoder_step', build, args)))
 
 
 if __name__ == '__main__':

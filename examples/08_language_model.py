@@ -1,8 +1,8 @@
 """A language model learns questions and answers, and says them.
 
-What differs from 07: a decoder with a cache. Records become tokens, several to a row that do not
-see each other; the loss is fused with the head, so that all logits are never held; and `pj.generate`
-asks the tuned model. The base is a tiny random Llama here; `models.load_decoder` reads a real one.
+What differs from 07: a decoder with a cache. Records become tokens, several examples to a row that
+do not see each other; the loss is fused with the head, so that all logits are never held; and
+`pj.generate` asks the tuned model. The base is random here; `models.load_decoder` reads a real one.
 """
 
 import json
