@@ -1,6 +1,7 @@
 """`peftjax generate`: prompts continued by a language model, with an adapter or without."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import peftjax as pj
-from peftjax import data
+from peftjax import data, models
 from peftjax.cli import _input, _saved
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _task
@@ -19,6 +20,18 @@ from peftjax.cli.language._saved import load
 
 MULTIPLE = 16
 """Prompts are padded to a multiple of this: few programs serve all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """The forward of a decoder with no method; one of the same decoder is the same."""
+
+    decoder: models.Decoder
+
+    def __call__(self, params: Any, phi: Any, *args: Any, **kwargs: Any) -> Any:
+        """The decoder, its parameters quantized or not."""
+        del phi
+        return pj.quantized_apply(self.decoder.apply_fn)(params, *args, **kwargs)
 
 
 class Model(NamedTuple):
@@ -89,8 +102,7 @@ def _model(options: argparse.Namespace, adapter: str | None) -> Model:
     """
     if adapter is None:
         task = _task.load(options.model, options.dtype or 'float32', options.quantize)
-        apply = pj.quantized_apply(task.decoder.apply_fn)
-        return Model(task, lambda params, phi, *args, **how: apply(params, *args, **how), {}, 0)
+        return Model(task, Alone(task.decoder), {}, 0)
     loaded, _ = load(options, adapter)
     try:
         task = _task.load(options.model, options.dtype, options.quantize)

@@ -22,14 +22,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
       SystemExit: with 0 after `--help`, with 2 where the arguments or the file make no sense.
     """
     whole, commands = _parsers()
-    sub = commands.get(arguments[0]) if arguments else None
-    found: list[str] = []
-    if sub is not None and arguments[0] in WITH_FILE:
+    name, *typed = arguments or ['--help']
+    if name not in commands:
+        return whole.parse_args(arguments)
+    sub, found = commands[name], []
+    if name in WITH_FILE:
         try:
-            found = _config.from_file(sub, arguments[1:])
+            found = _config.from_file(sub, typed)
         except (ValueError, OSError) as error:
             sub.error(str(error))
-    return whole.parse_args([*arguments[:1], *found, *arguments[1:]])
+    # the command's own parser takes texts after options, which the one of all commands does not
+    return sub.parse_intermixed_args([*found, *typed], argparse.Namespace(command=name))
 
 
 def parser() -> argparse.ArgumentParser:

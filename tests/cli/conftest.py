@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from safetensors.numpy import save_file
+from talker import write_colors, write_decoder
 from tokenizers import models, pre_tokenizers, processors
 
 from peftjax import cli
@@ -139,3 +140,25 @@ def tuned_once(here) -> Tuned:
 @pytest.fixture
 def tuned(tuned_once) -> pathlib.Path:
     return tuned_once.folder
+
+
+class Talk(NamedTuple):
+    """A language model, its data, and a run on them."""
+
+    model: str
+    data: str
+    run: pathlib.Path
+    said: str
+
+
+@pytest.fixture(scope='session')
+def talk(here) -> Talk:
+    """A language model that has learned some colors."""
+    model = write_decoder(here.folder / 'talker')
+    rows = write_colors(here.folder / 'colors.jsonl')
+    run, said = here.folder / 'talk', io.StringIO()
+    some = ('--answer-only', '--steps', 60, '--batch', 4, '--length', 20, '--rate', 0.03)
+    held = ('--eval-data', rows, '--evaluations', 2)
+    with contextlib.redirect_stdout(said):
+        assert call('tune', '--model', model, '--data', rows, *some, *held, '--out', run) == 0
+    return Talk(model, rows, run, said.getvalue())

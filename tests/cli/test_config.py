@@ -75,6 +75,12 @@ def test_what_makes_no_sense_is_said(parse, capsys, content, message):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_texts_may_follow_options():
+    for arguments in (('a', 'b', 'c', '--seed', '3'), ('a', '--seed', '3', 'b', 'c')):
+        options = _options.parse(['generate', *arguments])
+        assert (options.adapter, options.prompt, options.seed) == ('a', ['b', 'c'], 3)
+
+
 def test_a_missing_file_is_said(capsys):
     with pytest.raises(SystemExit):
         _options.parse(['compare', '--config', 'none.toml'])

@@ -95,7 +95,8 @@ def test_help_names_every_option(peftjax, command):
     ran = peftjax(command, '--help')
     assert ran.code == 0 and ran.out.startswith(f'usage: peftjax {command}')
     promised = {
-        'compare': '--model --train --test --shots --seeds --methods --epochs --batch --out --config',
+        'compare': '--model --train --test --shots --seeds --methods --epochs --batch --out '
+        '--config',
         'tune': '--model --train --data --test --shots --seed --method --rate --out --overwrite '
         '--config --epochs --steps --batch --length --pack --no-pack --answer-only --eval-data '
         '--eval-part --warmup --decay --dtype --quantize --tensorboard',
