@@ -76,8 +76,8 @@ RECIPES = {
         Recipe('dora', 'DoRA, rank 8, on query and value',
                lambda: Dora(target=ATTENTION, rank=8, alpha=16), 2e-3),
         Recipe('adapter', 'bottleneck adapters after attention and MLP (Houlsby)',
-               lambda: HOULSBY, 2e-3),
-        Recipe('pfeiffer', 'bottleneck adapters after the MLP', lambda: PFEIFFER, 2e-3),
+               lambda: HOULSBY, 1e-3),
+        Recipe('pfeiffer', 'bottleneck adapters after the MLP', lambda: PFEIFFER, 1e-3),
         Recipe('parallel', 'bottleneck adapters beside the MLP', lambda: PARALLEL, 3e-4),
         Recipe('full', 'full fine-tuning', lambda: Trainable(target=BODY), 1e-4),
     )
