@@ -193,6 +193,7 @@ class _Watch:
         self._recent = []
         if len(said) > 1:
             self._bar.write('  '.join(said))
+        self._bar.unpause()  # compilation and evaluations say nothing of the time left
 
     def _fetch(self) -> None:
         if self._waiting is None:
