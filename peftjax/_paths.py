@@ -81,6 +81,25 @@ def matches(pattern: str, path: Path) -> bool:
     return re.search(pattern, path) is not None
 
 
+def selected(target: Target, paths: Iterable[Path]) -> list[Path]:
+    """The paths that a target finds, in the order of its patterns.
+
+    Raises:
+      ValueError: a pattern finds nothing.
+    """
+    every = list(paths)
+    found: dict[Path, None] = {}
+    for pattern in patterns(target):
+        mine = [path for path in every if matches(pattern, path)]
+        if not mine:
+            close = ', '.join(map(repr, nearest(pattern, every)))
+            raise ValueError(
+                f'no leaf matches target={pattern!r}. Nearest: {close} ({len(every)} leaves)'
+            )
+        found.update(dict.fromkeys(mine))
+    return list(found)
+
+
 def nearest(pattern: str, paths: Iterable[Path], count: int = 5) -> list[Path]:
     """The paths that read most like a pattern, for error messages."""
 

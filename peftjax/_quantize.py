@@ -62,15 +62,7 @@ def quantize(params: PyTree, scheme: Scheme, *, target: Target) -> PyTree:
     Reference: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
     """
     leaves = _paths.leaves(params)
-    found: dict[Path, None] = {}
-    for pattern in _paths.patterns(target):
-        mine = [path for path in leaves if _paths.matches(pattern, path)]
-        if not mine:
-            close = ', '.join(map(repr, _paths.nearest(pattern, leaves)))
-            raise ValueError(
-                f'no leaf matches target={pattern!r}. Nearest: {close} ({len(leaves)} leaves)'
-            )
-        found.update(dict.fromkeys(mine))
+    found = _paths.selected(target, leaves)
     return _paths.replace(params, {path: scheme.quantize(leaves[path], path) for path in found})
 
 

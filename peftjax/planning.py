@@ -192,8 +192,7 @@ def _local_nbytes(leaf: Any) -> int:
 
 def _size(count: int) -> str:
     """Bytes as people read them; decimal units."""
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if count < 1000 or unit == 'GB':
-            return f'{count:.3g} {unit}' if unit != 'B' else f'{count} B'
-        count /= 1000
-    raise AssertionError
+    for power, unit in ((9, 'GB'), (6, 'MB'), (3, 'kB')):
+        if count >= 10**power:
+            return f'{count / 10**power:.3g} {unit}'
+    return f'{count} B'

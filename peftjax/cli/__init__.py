@@ -1,4 +1,4 @@
-"""The command line: `peftjax compare`, `tune`, `predict`, `generate`, `inspect`."""
+"""The command line: `compare`, `tune`, `predict`, `generate`, `inspect`, `plan`, `merge`, …"""
 
 import importlib
 import os

@@ -4,8 +4,7 @@ import argparse
 from typing import Any
 
 from peftjax.cli._numbers import count
-
-DTYPES = ('float32', 'bfloat16', 'float16')
+from peftjax.cli.language._options import DTYPES, QUANTIZED
 
 
 def plan(commands: Any) -> None:
@@ -14,12 +13,10 @@ def plan(commands: Any) -> None:
     sub = commands.add_parser('plan', help=about, description=about)
     sub.add_argument('--model', required=True, help='folder with a config.json, or such a file')
     sub.add_argument(
-        '--method',
-        default='lora',
-        help='lora, dora, ia3, adapter, prompt, prefix, bitfit, norms or full (%(default)s)',
+        '--method', default='lora', help='as of tune --method, which lists them (%(default)s)'
     )
-    sub.add_argument('--rank', type=count, default=16, help='of lora and dora (%(default)s)')
-    sub.add_argument('--target', help='regex of paths, for lora, dora and ia3 (all linear layers)')
+    sub.add_argument('--rank', type=count, help="of lora and dora (the method's own)")
+    sub.add_argument('--target', help="regex of paths to adapt (the method's own)")
     sub.add_argument('--batch', type=count, default=8, help='rows of one step (%(default)s)')
     sub.add_argument('--length', type=count, default=2048, help='tokens of a row (%(default)s)')
     sub.add_argument(
@@ -32,9 +29,7 @@ def plan(commands: Any) -> None:
     sub.add_argument(
         '--dtype', choices=DTYPES, default='bfloat16', help='of the model (%(default)s)'
     )
-    sub.add_argument(
-        '--quantize', choices=('nf4', 'int4', 'int8'), help='quantize all linear layers (none)'
-    )
+    sub.add_argument('--quantize', choices=QUANTIZED, help='quantize all linear layers (none)')
     sub.add_argument(
         '--optimizer',
         choices=('adamw', 'adafactor', 'lion', 'sgd'),
@@ -50,13 +45,79 @@ def plan(commands: Any) -> None:
     )
 
 
+def merge(commands: Any) -> None:
+    """`peftjax merge`."""
+    about = 'fold an adapter into its decoder and write a folder that transformers reads'
+    sub = commands.add_parser('merge', help=about, description=about)
+    _adapter(sub)
+    sub.add_argument('--out', required=True, help='folder for the model; nothing may be there yet')
+    sub.add_argument('--dtype', choices=DTYPES, help="of the weights written (the model's)")
+    sub.add_argument('--model', help='folder or hub name of the model, where it has moved')
+    sub.add_argument('--any-base', action='store_true', help='take a model of other weights')
+    sub.add_argument(
+        '--dequantize',
+        action='store_true',
+        help='merge into the rounded weights of a quantized model',
+    )
+
+
+def export(commands: Any) -> None:
+    """`peftjax export`."""
+    about = 'write an adapter as Hugging Face PEFT reads it'
+    sub = commands.add_parser('export', help=about, description=about)
+    _adapter(sub)
+    sub.add_argument('--out', required=True, help='folder for the adapter of PEFT')
+    sub.add_argument(
+        '--base-model', help='what PEFT loads it over: a folder or hub name (the model it is of)'
+    )
+    sub.add_argument('--overwrite', action='store_true', help='replace an earlier export in --out')
+
+
+def import_(commands: Any) -> None:
+    """`peftjax import`."""
+    about = 'make an adapter of one that PEFT or AdapterHub wrote, over a decoder'
+    sub = commands.add_parser('import', help=about, description=about)
+    sub.add_argument('folder', help='with adapter_config.json and tensors in safetensors')
+    sub.add_argument('--model', required=True, help='folder or hub name of the decoder')
+    sub.add_argument('--out', required=True, help='folder for the adapter')
+    sub.add_argument(
+        '--max-tokens', type=count, default=1024, help='longer texts are cut (%(default)s)'
+    )
+    sub.add_argument(
+        '--lenient',
+        action='store_true',
+        help='list keys and tensors that are not known, instead of refusing them',
+    )
+    sub.add_argument('--overwrite', action='store_true', help='replace an earlier adapter in --out')
+
+
+def quantize(commands: Any) -> None:
+    """`peftjax quantize`."""
+    about = 'write a decoder with quantized weights, which all commands take as a model'
+    sub = commands.add_parser('quantize', help=about, description=about)
+    sub.add_argument('model', help='folder or hub name of the decoder')
+    sub.add_argument('--out', required=True, help='folder for the model; nothing may be there yet')
+    sub.add_argument(
+        '--scheme', choices=QUANTIZED, default='nf4', help='of 4, 4 or 8 bits (%(default)s)'
+    )
+    sub.add_argument('--target', help='regex of the paths to quantize (all linear layers)')
+
+
+def _adapter(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument('adapter', help='folder that tune or import left')
+
+
 def _mesh(text: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(','):
         name, _, size = part.strip().partition('=')
         if name not in ('data', 'fsdp', 'model') or name in axes:
             raise argparse.ArgumentTypeError(
-                f'must be different axes among data, fsdp and model, as data=4,model=2; got {text!r}'
+                f'must be axes among data, fsdp and model, as data=4,model=2; got {text!r}'
             )
         axes[name] = count(size)
     return axes
+
+
+COMMANDS = (plan, merge, export, import_, quantize)
+"""Each adds one command."""

@@ -50,8 +50,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         prog='peftjax', description='Parameter-efficient fine-tuning for any JAX function.'
     )
     commands = whole.add_subparsers(dest='command', required=True, metavar='command')
-    folders = (_folder_options.plan,)
-    for add in (_compare, _tune, _predict, _generate, _inspect, *folders):
+    for add in (_compare, _tune, _predict, _generate, _inspect, *_folder_options.COMMANDS):
         add(commands)
     for name in WITH_FILE:
         _config.add_option(commands.choices[name])

@@ -1,6 +1,7 @@
 """`peftjax plan`: what tuning a decoder will take, from its config.json alone."""
 
 import argparse
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import optax
 
 import peftjax as pj
 from peftjax import _paths, losses, models
-from peftjax.cli._language import method_for
 from peftjax.cli._terminal import say
+from peftjax.cli.language._recipes import chosen
+from peftjax.cli.language._task import SCHEMES
 from peftjax.models._checkpoint import read_json
 from peftjax.models._load_decoder import saved_names
 
@@ -24,7 +26,6 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     'lion': lambda: optax.lion(RATE),
     'sgd': lambda: optax.sgd(RATE),
 }
-SCHEMES = {'nf4': pj.NF4, 'int4': pj.INT4, 'int8': pj.INT8}
 
 
 class Shapes(NamedTuple):
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     config = models.read_decoder_config(_fields(pathlib.Path(options.model).expanduser()))
     shapes = _shapes(config, options, _mesh(options.mesh))
-    method = method_for(options.method, config, options.rank, options.target)
+    method = _method(chosen(options.method).build(config), options)
     peft = pj.attach(method, shapes.model.apply_fn, shapes.params, shapes.ids)
     say(str(peft) + '\n')
     found = pj.plan(
@@ -52,6 +53,18 @@ def run(options: argparse.Namespace) -> int:
     )
     say(str(found))
     return 0
+
+
+def _method(method: pj.Method, options: argparse.Namespace) -> pj.Method:
+    """A recipe's method, changed as the options say."""
+    given = {'rank': options.rank, 'target': options.target}
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name in changes:
+        if not hasattr(method, name):
+            raise ValueError(f'--{name} changes nothing in {options.method}. Leave it out')
+    if isinstance(method, pj.Lora | pj.Dora) and options.rank is not None:
+        changes['alpha'] = 2 * options.rank
+    return dataclasses.replace(method, **changes)
 
 
 def _fields(path: pathlib.Path) -> dict[str, Any]:

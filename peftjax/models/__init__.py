@@ -26,8 +26,11 @@ from peftjax.models._load import Loaded as Loaded
 from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes
 from peftjax.models._load_decoder import LoadedDecoder as LoadedDecoder
+from peftjax.models._load_decoder import decoder_config as decoder_config
 from peftjax.models._load_decoder import load_decoder as load_decoder
 from peftjax.models._placement import batch_sharding as batch_sharding
 from peftjax.models._placement import decoder_sharding as decoder_sharding
+from peftjax.models._quantize_decoder import QuantizedFolder as QuantizedFolder
+from peftjax.models._quantize_decoder import quantize_decoder as quantize_decoder
 from peftjax.models._save_decoder import save_decoder as save_decoder
 from peftjax.models._tokenizer import load_tokenizer as load_tokenizer

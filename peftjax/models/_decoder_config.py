@@ -1,6 +1,7 @@
 """What a decoder's block does: the options in which families of language models differ."""
 
 import dataclasses
+import json
 from typing import Literal
 
 from peftjax.models._activations import ACTIVATIONS
@@ -218,6 +219,12 @@ class DecoderConfig:
             )
         if len({kind.rope is None for kind in self.kinds}) != 1:
             raise ValueError('layers with and without rotation in one model are not computed.')
+
+    @property
+    def dtype(self) -> str:
+        """What the `config.json` says of the dtype of its weights; float32 where it does not."""
+        fields = json.loads(self.source) if self.source else {}
+        return str(fields.get('dtype') or fields.get('torch_dtype') or 'float32')
 
     @property
     def num_hidden_layers(self) -> int:

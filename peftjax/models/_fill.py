@@ -127,7 +127,7 @@ def fill(
             value = jax.device_put(draw(path, shape), where)
         else:
             value = _place(plan, path, shape, where)
-        _insert(params, path, value)
+        insert(params, path, value)
     return params
 
 
@@ -147,6 +147,22 @@ def _place(
             parts[bounds] = _read(plan, origin, tuple(slice(*b) for b in bounds), shape.dtype)
         arrays.append(jax.device_put(parts[bounds], device, may_alias=True))
     return jax.make_array_from_single_device_arrays(shape.shape, where, arrays)
+
+
+def part(plan: Plan, path: str, shape: jax.ShapeDtypeStruct, at: tuple[int, ...]) -> np.ndarray:
+    """A part of a parameter, of which alone is read.
+
+    Args:
+      plan: from `match`.
+      path: of the parameter.
+      shape: of the whole of it.
+      at: index along its leading axes.
+
+    Returns:
+      The part, without those axes.
+    """
+    index = (*(slice(i, i + 1) for i in at), *(slice(0, size) for size in shape.shape[len(at) :]))
+    return _read(plan, plan.sources[path], index, shape.dtype).reshape(shape.shape[len(at) :])
 
 
 def _read(plan: Plan, origin: Source, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
@@ -187,7 +203,14 @@ def _check_shape(path: str, shape: tuple[int, ...], origin: Source, plan: Plan) 
             )
 
 
-def _insert(tree: dict[str, Any], path: str, value: jax.Array) -> None:
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a leaf into nested dicts.
+
+    Args:
+      tree: to change.
+      path: of the leaf.
+      value: the leaf.
+    """
     *parents, leaf = path.split('/')
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -30,10 +30,10 @@ def linears(config: DecoderConfig, parts: Iterable[str] | None = None) -> str:
       '/layers/.*(self_attn/q_proj|mlp/down_proj)/kernel$'
     """
     names = config.names
-    home = dict.fromkeys(_ATTENTION, names.attention)
+    home: dict[str, str] = dict.fromkeys(_ATTENTION, names.attention)
     home |= dict.fromkeys(_MLP, names.mlp if names.router is None else names.experts)
-    fused = dict.fromkeys(('query', 'key', 'value'), names.query_key_value)
-    fused |= dict.fromkeys(('gate', 'up'), names.gate_up)
+    fused: dict[str, str | None] = dict.fromkeys(_ATTENTION[:3], names.query_key_value)
+    fused |= dict.fromkeys(_MLP[:2], names.gate_up)
     found: dict[str, None] = {}
     for part in home if parts is None else parts:
         if part not in home:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from peftjax.models import _quantized_folder
 from peftjax.models._checkpoint import Checkpoint, read_json
 from peftjax.models._compute import AttentionForm, Compute
 from peftjax.models._decoder import Decoder
@@ -46,7 +47,8 @@ def load_decoder(
 
     Tensors are read one at a time, cast, and written into the parameter they belong to; where a
     parameter is sharded, each device's part alone is read. No more is held than the model and one
-    tensor.
+    tensor. A folder that `quantize_decoder` wrote gives quantized leaves, never dense ones: for
+    `Peft.wrap`, or `pj.quantized_apply(model.apply_fn)`.
 
     Args:
       path_or_hub_name: a folder with config.json and safetensors, or `owner/name` on the hub.
@@ -66,7 +68,8 @@ def load_decoder(
       FileNotFoundError: no such folder, or files missing from it.
       ConnectionError: the hub does not give the model.
       ValueError: an unsupported config, a damaged file, tensors left over, parameters not filled,
-        or shapes that differ; by name.
+        or shapes that differ; by name. `CheckpointError`, where files of a quantized folder are
+        damaged.
 
     Example:
       >>> llama = load_decoder('owner/model', dtype=jnp.bfloat16)  # doctest: +SKIP
@@ -83,8 +86,31 @@ def load_decoder(
     config = read_decoder_config(read_json(folder / 'config.json'))
     model = Decoder(config, compute)
     shapes = decoder_shapes(model)
+    if (folder / _quantized_folder.ABOUT).is_file():
+        return LoadedDecoder(model, _quantized_folder.read(folder, shapes, sharding), config)
     plan = match(shapes, Checkpoint(folder), decoder_naming(config))
     return LoadedDecoder(model, fill(shapes, plan, sharding), config)
+
+
+def decoder_config(path_or_hub_name: str) -> DecoderConfig:
+    """Reads the configuration of a decoder's folder, and nothing else of it.
+
+    Args:
+      path_or_hub_name: as of `load_decoder`.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      FileNotFoundError: no such folder, or no config.json in it.
+      ConnectionError: the hub does not give the model.
+      ValueError: an unsupported config.
+
+    Example:
+      >>> decoder_config('owner/model').num_hidden_layers  # doctest: +SKIP
+      32
+    """
+    return read_decoder_config(read_json(model_folder(path_or_hub_name) / 'config.json'))
 
 
 def saved_names(remat: Remat) -> tuple[str, ...] | None:

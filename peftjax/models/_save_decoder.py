@@ -18,6 +18,7 @@ from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._fill import by_path
 from peftjax.models._load_decoder import decoder_naming, decoder_shapes
 from peftjax.models._names import source
+from peftjax.models._tokenizer import copy_tokenizer
 
 
 class _Slice(NamedTuple):
@@ -36,18 +37,19 @@ def save_decoder(
     params: Mapping[str, Any],
     *,
     shard_bytes: int = 5 * 10**9,
+    tokenizer_of: str | os.PathLike[str] | None = None,
 ) -> pathlib.Path:
     """Writes a Hugging Face folder that transformers, vLLM or `load_decoder` read.
 
-    The folder holds config.json, as it was read, and the weights in their dtype; a tokenizer is
-    copied beside by whoever has one. It is whole or absent. No more is held in memory than the
-    model and one file.
+    The folder holds config.json, as it was read, and the weights in their dtype. It is whole or
+    absent. No more is held in memory than the model and one file.
 
     Args:
       folder: to make.
       config: of the decoder, read from a `config.json`.
       params: nested dicts of arrays under `'params'`, layers scanned or unrolled.
       shard_bytes: most bytes in one file; a larger model becomes several with an index.
+      tokenizer_of: a model's folder, from which the files of its tokenizer are carried along.
 
     Returns:
       The folder.
@@ -75,6 +77,8 @@ def save_decoder(
     with _folder.whole(target, ours=frozenset(), overwrite=False, size=total) as fresh:
         _write_config(fresh, config, leaves)
         _write_weights(fresh, shards, leaves, total)
+        if tokenizer_of is not None:
+            copy_tokenizer(tokenizer_of, fresh)
     return target
 
 

@@ -1,12 +1,38 @@
 """The tokenizer of a Hugging Face folder, without padding or truncation of its own."""
 
 import os
+import pathlib
+import shutil
 from typing import TYPE_CHECKING
 
 from peftjax.models._hub import model_folder
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+_FILES = (
+    'tokenizer*',
+    'vocab.*',
+    'merges.txt',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'chat_template*',
+    'generation_config.json',
+)
+
+
+def copy_tokenizer(source: str | os.PathLike[str], target: pathlib.Path) -> None:
+    """Carries what goes with a model, but for its config and weights, from folder to folder.
+
+    Args:
+      source: a model's folder.
+      target: another.
+    """
+    for pattern in _FILES:
+        for path in pathlib.Path(source).glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def load_tokenizer(path_or_hub_name: str | os.PathLike[str]) -> 'tokenizers.Tokenizer':

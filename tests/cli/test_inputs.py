@@ -90,7 +90,13 @@ def test_a_file_where_the_results_should_go(peftjax, here, tmp_path):
     assert (tmp_path / 'out').read_text() == 'mine'
 
 
-@pytest.mark.parametrize('command', ['compare', 'tune', 'predict', 'generate', 'inspect'])
+EVERY = (
+    'compare', 'tune', 'predict', 'generate', 'inspect',
+    'plan', 'merge', 'export', 'import', 'quantize',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('command', EVERY)
 def test_help_names_every_option(peftjax, command):
     ran = peftjax(command, '--help')
     assert ran.code == 0 and ran.out.startswith(f'usage: peftjax {command}')
@@ -104,6 +110,12 @@ def test_help_names_every_option(peftjax, command):
         '--top-p --seed',
         'predict': '--file --model --any-base standard',
         'inspect': 'model adapter',
+        'plan': '--model --method --rank --target --batch --length --mesh --dtype --quantize '
+        '--optimizer --remat',
+        'merge': 'adapter --out --dtype --model --any-base --dequantize',
+        'export': 'adapter --out --base-model --overwrite',
+        'import': 'folder --model --out --max-tokens --lenient --overwrite',
+        'quantize': 'model --out --scheme --target',
     }
     assert all(word in ran.out for word in promised[command].split())
     assert '%(' not in ran.out
@@ -112,7 +124,7 @@ def test_help_names_every_option(peftjax, command):
 def test_help_names_every_command(peftjax):
     ran = peftjax('--help')
     assert ran.code == 0
-    assert all(name in ran.out for name in ('compare', 'tune', 'predict', 'generate', 'inspect'))
+    assert all(name in ran.out for name in EVERY)
 
 
 def test_an_unknown_command(peftjax):

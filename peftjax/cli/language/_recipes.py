@@ -19,7 +19,7 @@ from peftjax import (
     PromptTuning,
     Trainable,
 )
-from peftjax.models import DecoderConfig
+from peftjax.models import DecoderConfig, linears
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +43,6 @@ def attention(config: DecoderConfig) -> str:
     """The layers that make queries and values; where one makes all three, that one."""
     names = config.names
     return _layers(names.attention, names.query_key_value or f'{names.query}|{names.value}')
-
-
-def linears(config: DecoderConfig) -> str:
-    """All linear layers of the blocks, those of experts among them; no head, no router."""
-    names = config.names
-    mixing = names.query_key_value or f'{names.query}|{names.key}|{names.value}'
-    inner = names.gate_up or '|'.join(filter(None, (names.gate, names.up)))
-    mlp = rf'{names.mlp}/{names.experts}' if names.router else names.mlp
-    return (
-        f'{_layers(names.attention, f"{mixing}|{names.output}")}|'
-        f'{_layers(mlp, f"{inner}|{names.down}")}'
-    )
 
 
 def _layers(home: str, names: str) -> str:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 import peftjax as pj
 from peftjax import data, losses, models
-from peftjax.cli.language._recipes import linears
 from peftjax.data import LanguageBatch
 
 SCHEMES = {'nf4': pj.NF4, 'int4': pj.INT4, 'int8': pj.INT8}
@@ -112,7 +111,7 @@ def load(
     loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat)
     params: Any = loaded.params
     if quantize is not None:
-        params = pj.quantize(params, SCHEMES[quantize], target=linears(loaded.config))
+        params = pj.quantize(params, SCHEMES[quantize], target=models.linears(loaded.config))
     tokenizer = load_tokenizer(models.model_folder(model))
     stop = stop_tokens(models.model_folder(model), tokenizer)
     pad = tokenizer.pad_token_id

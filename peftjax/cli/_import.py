@@ -1,0 +1,40 @@
+"""`peftjax import`: an adapter of Hugging Face PEFT or AdapterHub, over a decoder."""
+
+import argparse
+import pathlib
+
+import peftjax as pj
+from peftjax.cli import _adapters, _saved
+from peftjax.cli._terminal import say
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    _adapters.check_absent(options.out, options.overwrite)
+    if not pathlib.Path(options.folder).expanduser().is_dir():
+        raise FileNotFoundError(f'no such folder: {options.folder}')
+    base = _adapters.load_base(options.model)
+    found = pj.hf.load_adapter(
+        options.folder, base.model.apply_fn, base.params, _adapters.IDS, strict=not options.lenient
+    )
+    metadata = {
+        'task': _saved.LANGUAGE,
+        'model': _saved.lasting(options.model),
+        'max_tokens': options.max_tokens,
+        'method': found.kind.lower(),
+        'seed': None,
+        'settings': {},
+    }
+    pj.save(
+        options.out,
+        found.peft,
+        found.phi,
+        params=base.params,
+        metadata=metadata,
+        overwrite=options.overwrite,
+    )
+    say(str(found.peft))
+    if found.unused:
+        say(f'without effect on a trained adapter: {", ".join(found.unused)}')
+    say(f'{found.kind} over {options.model}; written to {options.out}')
+    return 0

@@ -1,0 +1,141 @@
+"""From a Hugging Face folder to one with quantized weights, a layer at a time."""
+
+import itertools
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import _folder, _paths
+from peftjax._quantized import Quantized, Scheme
+from peftjax._types import Target
+from peftjax.models import _quantized_folder
+from peftjax.models._checkpoint import Checkpoint, read_json
+from peftjax.models._compute import Compute
+from peftjax.models._decoder import Decoder
+from peftjax.models._families import read_decoder_config
+from peftjax.models._fill import Plan, match, part
+from peftjax.models._hub import model_folder
+from peftjax.models._linears import linears
+from peftjax.models._load_decoder import decoder_naming, decoder_shapes
+from peftjax.models._tokenizer import copy_tokenizer
+
+
+class QuantizedFolder(NamedTuple):
+    """What `quantize_decoder` wrote.
+
+    Attributes:
+      folder: where.
+      before: bytes of all parameters in the dtype of the checkpoint.
+      after: bytes of all parameters as they are now.
+      errors: for each quantized path the norm of what rounding changed over that of the weight.
+    """
+
+    folder: pathlib.Path
+    before: int
+    after: int
+    errors: Mapping[str, float]
+
+
+def quantize_decoder(
+    path_or_hub_name: str,
+    folder: str | os.PathLike[str],
+    scheme: Scheme,
+    *,
+    target: Target | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> QuantizedFolder:
+    """Writes a decoder with quantized weights, which `load_decoder` reads as such.
+
+    A stack of layers is read, rounded and let go one layer at a time. Parameters that are not
+    quantized keep the dtype of the checkpoint. The folder is whole or absent.
+
+    Args:
+      path_or_hub_name: as of `load_decoder`.
+      folder: to make.
+      scheme: such as `pj.NF4`.
+      target: regex, or several, searched in the paths of parameters; None is all linear layers
+        (`linears`), and neither embedding nor head.
+      shard_bytes: about how many bytes a file holds.
+
+    Returns:
+      The folder, bytes before and after, and the errors.
+
+    Raises:
+      FileNotFoundError: no such model.
+      FileExistsError: there is something at `folder` already.
+      ValueError: as of `load_decoder`, or a pattern finds nothing.
+      OSError: the folder cannot be written.
+
+    Example:
+      >>> made = quantize_decoder('llama', 'llama-nf4', pj.NF4)  # doctest: +SKIP
+      >>> llama = load_decoder('llama-nf4')  # doctest: +SKIP
+      >>> forward = pj.quantized_apply(llama.model.apply_fn)  # doctest: +SKIP
+
+    Reference: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
+    """
+    out = pathlib.Path(folder)
+    if os.path.lexists(out):
+        raise FileExistsError(f'there is something at {out} already. Choose another folder.')
+    source = model_folder(path_or_hub_name)
+    config = read_decoder_config(read_json(source / 'config.json'))
+    shapes = decoder_shapes(Decoder(config, Compute(param_dtype=jnp.dtype(config.dtype))))
+    plan = match(shapes, Checkpoint(source), decoder_naming(config))
+    chosen = _paths.selected(linears(config) if target is None else target, shapes)
+    small = {path: scheme.quantize(shape, path) if path in chosen else shape
+             for path, shape in shapes.items()}  # fmt: skip
+    before, after = (sum(map(_nbytes, jax.tree.leaves(tree))) for tree in (shapes, small))
+    errors: dict[str, float] = {}
+    leaves = ((path, _leaf(plan, path, shape, scheme if path in chosen else None, errors))
+              for path, shape in shapes.items())  # fmt: skip
+    with _folder.whole(out, ours=frozenset(), overwrite=False, size=after) as fresh:
+        _quantized_folder.write(fresh, leaves, shard_bytes)
+        (fresh / 'config.json').write_bytes((source / 'config.json').read_bytes())
+        copy_tokenizer(source, fresh)
+        _quantized_folder.seal(fresh)
+    return QuantizedFolder(out, before, after, errors)
+
+
+def _leaf(
+    plan: Plan,
+    path: str,
+    shape: jax.ShapeDtypeStruct,
+    scheme: Scheme | None,
+    errors: dict[str, float],
+) -> Any:
+    """A parameter as it is stored; of a quantized one the error is noted."""
+    if scheme is None:
+        return part(plan, path, shape, ())
+    stack = plan.sources[path].stack
+    made = [_rounded(scheme, part(plan, path, shape, at), path)
+            for at in itertools.product(*map(range, stack))]  # fmt: skip
+    off, norm = np.sum([sums for _, sums in made], axis=0)
+    errors[path] = float(np.sqrt(off / norm)) if norm else 0.0
+    return jax.tree.map(lambda *parts: _stacked(parts, stack), *(leaf for leaf, _ in made))
+
+
+def _rounded(scheme: Scheme, w: np.ndarray, path: str) -> tuple[Quantized, np.ndarray]:
+    """One layer's weight in host memory, and the sums of squares of its error and of itself."""
+    leaf = scheme.quantize(w, path)
+    sums = np.asarray(_squares(w, leaf), np.float64)
+    return jax.tree.map(np.asarray, leaf), sums
+
+
+@jax.jit
+def _squares(w: jax.Array, leaf: Quantized) -> jax.Array:
+    exact = w.astype(jnp.float32)
+    off = leaf.dequantize().astype(jnp.float32) - exact
+    return jnp.stack([jnp.square(off).sum(), jnp.square(exact).sum()])
+
+
+def _stacked(parts: tuple[np.ndarray, ...], stack: tuple[int, ...]) -> np.ndarray:
+    return np.stack(parts).reshape(*stack, *parts[0].shape)
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
