@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -124,12 +125,9 @@ class Fitter:
         for_phi, for_steps = jax.random.split(jax.random.key(seed))
         phi = jax.jit(self.peft.init)(for_phi, task.params)
         state = pj.start(self._tx, phi, for_steps)
-        per_epoch = -(-len(split.train) // settings.batch)
-        epochs = -(-settings.steps // per_epoch)
-        batches = data.Batches(split.train, settings.batch, seed=seed, epochs=epochs)
         marks = {round(settings.steps * i / evaluations) for i in range(evaluations + 1)}
         watch = _Watch(self.rates, metrics, bar)
-        for step, batch in enumerate(itertools.islice(batches, settings.steps), 1):
+        for step, batch in enumerate(self._batches(split.train, seed), 1):
             rows = arguments(batch)
             if step == 1:
                 self._step.prepare(task.params, state, rows)
@@ -141,6 +139,13 @@ class Fitter:
                 watch.flush()
                 self._report(step, state.phi, split.held, watch)
         return Fitted(state.phi, watch.seconds, watch.tokens, self._step.peak_bytes)
+
+    def _batches(self, rows: data.Rows, seed: int) -> Iterator[data.LanguageBatch]:
+        """As many batches as there are steps."""
+        size, steps = self.settings.batch, self.settings.steps
+        per_epoch = -(-len(rows) // size)
+        batches = data.Batches(rows, size, seed=seed, epochs=-(-steps // per_epoch))
+        return itertools.islice(batches, steps)
 
     def evaluate(self, phi: Any, rows: data.Rows) -> float:
         """The mean loss of all tokens to learn."""
