@@ -38,8 +38,8 @@ def decoder_sharding(config: DecoderConfig, mesh: Mesh, *, scan_layers: bool = T
       >>> config = read_decoder_config({'model_type': 'llama', 'vocab_size': 64, 'hidden_size': 16,
       ...     'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 24})
       >>> where = decoder_sharding(config, jax.make_mesh((1,), ('model',)))
-      >>> where('model/layers/mlp/down_proj/kernel').spec
-      PartitionSpec(None, 'model', None)
+      >>> tuple(where('model/layers/mlp/down_proj/kernel').spec)
+      (None, 'model', None)
 
     Reference: Shoeybi et al., Megatron-LM, 2019, arXiv:1909.08053, section 3.
     """
