@@ -40,7 +40,6 @@ class Recipe:
       build: the method beside the head; `None` for the head alone.
       rate: learning rate of the method.
       head_rate: learning rate of the classifier.
-      head_rate: learning rate of the classifier.
       probe: whether the head is fitted to frozen features instead of trained by steps.
     """
 
@@ -48,7 +47,6 @@ class Recipe:
     about: str
     build: Callable[[], Method] | None
     rate: float = 0.0
-    head_rate: float = 1e-2
     head_rate: float = 1e-2
     probe: bool = False
 
