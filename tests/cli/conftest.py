@@ -10,11 +10,10 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from commands import call
 from safetensors.numpy import save_file
 from talker import write_colors, write_decoder
 from tokenizers import models, pre_tokenizers, processors
-
-from peftjax import cli
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'models' / 'golden' / 'bert.npz'
 POSITIONS = 'bert.embeddings.position_embeddings.weight'
@@ -81,12 +80,6 @@ def here(tmp_path_factory) -> Here:
         write_messages(folder / 'train.jsonl', THINGS[:4]),
         write_messages(folder / 'test.jsonl', THINGS[4:]),
     )
-
-
-def call(*arguments: object) -> int:
-    """Runs a command in this process; optax's schedules rely on promotion."""
-    with jax.numpy_dtype_promotion('standard'):
-        return cli.main([str(argument) for argument in arguments])
 
 
 class Ran(NamedTuple):

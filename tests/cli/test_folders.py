@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import language
 import numpy as np
 import pytest
+from commands import call
 
 import peftjax as pj
 from peftjax import models
@@ -27,8 +28,6 @@ def adapters(tmp_path_factory, model) -> dict[str, str]:
 
 @pytest.fixture(scope='module')
 def quantized(tmp_path_factory, model) -> str:
-    from conftest import call
-
     out = tmp_path_factory.mktemp('quantized') / 'nf4'
     assert call('quantize', model, '--out', out) == 0
     return str(out)
