@@ -18,7 +18,7 @@ from peftjax._types import ApplyFn, Array, Path, Phi, PyTree
 
 
 def attach(
-    method: Method | Chain, apply_fn: ApplyFn, params: PyTree, *args: Any, **kwargs: Any
+    method: Method | Chain, apply_fn: ApplyFn, params: PyTree, /, *args: Any, **kwargs: Any
 ) -> Peft:
     """Attaches a method to the sites of one model.
 
@@ -28,7 +28,7 @@ def attach(
       params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read. Leaves
         may be quantized (`pj.quantize`).
       *args: as for a call; arrays may be `jax.ShapeDtypeStruct`s, all else is static.
-      **kwargs: likewise.
+      **kwargs: likewise, of any name.
 
     Returns:
       A static, hashable plan with the pure functions `init`, `wrap` and `merge`.

@@ -16,7 +16,7 @@ from peftjax._standin import bare
 from peftjax._types import ApplyFn, Array, PyTree
 
 
-def sites(apply_fn: ApplyFn, params: PyTree, *args: Any, **kwargs: Any) -> Sites:
+def sites(apply_fn: ApplyFn, params: PyTree, /, *args: Any, **kwargs: Any) -> Sites:
     """Finds where and how an apply function uses its parameters.
 
     The function is traced with abstract values: nothing is computed.

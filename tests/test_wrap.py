@@ -82,6 +82,19 @@ def test_what_is_not_an_array_is_static():
     np.testing.assert_allclose(out, jnp.sin(linear(PARAMS, X)), atol=1e-6)
 
 
+def test_keywords_of_any_name_reach_the_function():
+    def model(params, x, *, method, apply_fn):
+        return linear(params, x) * (2 if (method, apply_fn) == ('hidden', 'mine') else 1)
+
+    how = {'method': 'hidden', 'apply_fn': 'mine'}
+    peft = pj.attach(pj.Lora(rank=2, target='kernel'), model, PARAMS, X, **how)
+    assert [site.kind for site in pj.sites(model, PARAMS, X, **how)] == ['linear']
+    forward = peft.wrap(model)
+    np.testing.assert_allclose(
+        forward(PARAMS, peft.init(KEY, PARAMS), X, **how), 2 * linear(PARAMS, X), rtol=1e-6
+    )
+
+
 def test_a_static_argument_must_be_hashable():
     fn = lambda params, x, names: linear(params, x)
     forward, phi = pj.lora_wrap(fn, PARAMS, X, 'a', key=KEY, rank=2, target='kernel')
