@@ -70,7 +70,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
       mesh: as of `decoder_sharding`.
 
     Returns:
-      The sharding of arrays `(batch, ...)`.
+      The sharding of arrays `(batch, ...)`, whole on every device where the mesh has neither axis.
+      Placing an array on it fails where the axes do not divide its rows.
+
+    Example:
+      >>> batch_sharding(jax.make_mesh((1, 1), ('data', 'model'))).spec[0]
+      'data'
     """
     axes = tuple(axis for axis in ('data', 'fsdp') if axis in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes or None))

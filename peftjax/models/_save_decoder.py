@@ -56,6 +56,7 @@ def save_decoder(
 
     Raises:
       FileExistsError: there is something already.
+      FileNotFoundError: there is no folder at `tokenizer_of`.
       ValueError: parameters that are not the config's, by name, or a config made by hand.
       OSError: the folder cannot be written.
 
@@ -65,6 +66,11 @@ def save_decoder(
     target = pathlib.Path(folder)
     if os.path.lexists(target):
         raise FileExistsError(f'there is something at {target} already. Choose another folder.')
+    if tokenizer_of is not None and not pathlib.Path(tokenizer_of).is_dir():
+        raise FileNotFoundError(
+            f'no such folder to take a tokenizer from: {tokenizer_of}. Name the folder of a model, '
+            'or leave tokenizer_of out.'
+        )
     if not config.source:
         raise ValueError(
             'a decoder is saved with the config.json that its config was read from; this config '

@@ -139,6 +139,13 @@ def test_only_what_is_the_configs_is_saved_and_nothing_is_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"1 are missing \['model/norm/scale'\]"):
         save_decoder(tmp_path / 'new', loaded.config, loaded.params | {'model': body})
     assert not (tmp_path / 'new').exists()
+    with pytest.raises(
+        FileNotFoundError, match='no such folder to take a tokenizer from: .*nowhere'
+    ):
+        save_decoder(
+            tmp_path / 'new', loaded.config, loaded.params, tokenizer_of=tmp_path / 'nowhere'
+        )
+    assert not (tmp_path / 'new').exists()
     save_decoder(tmp_path / 'new', loaded.config, loaded.params)
     fields = json.loads((tmp_path / 'new' / 'config.json').read_text())
     assert fields == FIELDS | {'torch_dtype': 'bfloat16'}
