@@ -55,7 +55,7 @@ def our_step(args):
     from peftjax.losses import next_token_loss, next_tokens
     from peftjax.models import load_decoder
 
-    model, params, _ = load_decoder(args.folder)
+    model, params, _ = load_decoder(args.folder, remat=args.remat)
     ids = jnp.asarray(draw_ids(args))
     method = pj.Lora(rank=RANK, alpha=RANK, target=rf'layers/.*({"|".join(LINEARS)})/kernel')
     peft = pj.attach(method, model.apply_fn, params, ids)
@@ -108,6 +108,7 @@ def build(name, args):
 def main():
     programs = ('peftjax', 'torch', 'compiled')
     parser = beside.parser(__doc__, rows=4, tokens=512, programs=programs)
+    parser.add_argument('--remat', default='names', help='what our gradient keeps of each layer')
     parser.add_argument('--tiny', action='store_true', help='a tiny model, to see that all runs')
     parser.add_argument('--folder', help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 import peftjax as pj
 from peftjax.losses import next_token_loss
 from peftjax.models import SAVED, Decoder, DecoderConfig, attention
+from peftjax.models._causal import causal_attention
 
 Phi = Mapping[str, jax.Array]
 Linear = Callable[[str, jax.Array, jax.Array, Phi], jax.Array]
@@ -113,7 +114,10 @@ def block(
     value = prefixed('value', checkpoint_name(value, 'value'))
     before = key.shape[1] - query.shape[1]
     causal = jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool), before)[None]
-    mixed = attention(query, key, value, causal)
+    if before:
+        mixed = attention(query, key, value, causal)
+    else:
+        mixed = causal_attention(attention, query, key, value, causal)
     y = dense('self_attn', 'o_proj', mixed.reshape(*x.shape[:-1], -1))
     x = x + named('attention_output', y)
     h = norm(config, layer['post_attention_layernorm']['scale'], x)

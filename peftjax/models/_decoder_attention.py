@@ -1,5 +1,7 @@
 """Self-attention of a decoder: projections, rotation, cache, and the kernel of the backend."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from peftjax.models._attention import attention, plain_attention
 from peftjax.models._cache import Store
+from peftjax.models._causal import causal_attention
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_config import Attention, DecoderConfig
 from peftjax.models._layers import RmsNorm, linear
@@ -120,9 +123,12 @@ def attend(
             implementation='cudnn',
         )
     mask = causal_mask(query.shape[1], sight.window) if sight.mask is None else sight.mask
+    form = functools.partial(attention, scale=shape.scale)
     if shape.soft_cap is not None or compute.attention == 'plain':
-        return plain_attention(query, key, value, mask, scale=shape.scale, soft_cap=shape.soft_cap)
-    return attention(query, key, value, mask, scale=shape.scale)
+        form = functools.partial(plain_attention, scale=shape.scale, soft_cap=shape.soft_cap)
+    if sight.tokens_are_keys:
+        return causal_attention(form, query, key, value, mask, sight.window)
+    return form(query, key, value, mask)
 
 
 def _cudnn_serves(query: Array, key: Array, masked: bool) -> bool:

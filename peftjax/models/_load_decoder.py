@@ -39,7 +39,7 @@ def load_decoder(
     *,
     scan_layers: bool = True,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: Remat = 'none',
+    remat: Remat = 'names',
     attention: AttentionForm = 'fused',
     sharding: ShardingOf | None = None,
 ) -> LoadedDecoder:

@@ -16,7 +16,9 @@ Array = jax.Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=['turn', 'mask'], meta_fields=['window']
+    jax.tree_util.register_dataclass,
+    data_fields=['turn', 'mask'],
+    meta_fields=['window', 'tokens_are_keys'],
 )
 @dataclasses.dataclass(frozen=True)
 class Sight:
@@ -24,14 +26,16 @@ class Sight:
 
     Attributes:
       turn: cosines and sines of `rotation`, or None where positions are learned.
-      mask: bool `(batch or 1, tokens, keys)`, True at the keys to attend to. None: tokens are keys,
-        and each sees itself and those before.
+      mask: bool `(batch or 1, tokens, keys)`, True at the keys to attend to. None: each token sees
+        itself and those before.
       window: without a mask: how many of them.
+      tokens_are_keys: whether they are, so that no token sees a later key; True without a mask.
     """
 
     turn: tuple[Array, Array] | None
     mask: Array | None
     window: int | None
+    tokens_are_keys: bool
 
 
 class Places(NamedTuple):
@@ -127,9 +131,9 @@ def find_sights(kinds: tuple[LayerKind, ...], places: Places, position_ids: Arra
     for kind, window in zip(kinds, windows, strict=True):
         turn = None if kind.rope is None else rotation(kind.rope, position_ids)
         if plain and len(set(windows)) == 1:
-            sights.append(Sight(turn, None, window))
+            sights.append(Sight(turn, None, window, True))
         else:
-            sights.append(Sight(turn, _mask(places, window), None))
+            sights.append(Sight(turn, _mask(places, window), None, tokens_are_keys))
     return sights[0] if len(kinds) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *sights)
 
 
