@@ -17,6 +17,8 @@ from peftjax import data
 from peftjax.cli._fit import Fitter, Settings, step_count
 from peftjax.cli._recipes import RECIPES
 from peftjax.cli._task import load_task
+from peftjax.cli._terminal import progress
+from peftjax.cli._watch import Watch
 
 GRID = {
     'prompt': (3e-3, 1e-2, 3e-2, 1e-1),
@@ -60,7 +62,8 @@ def main() -> None:
                 settings = Settings(options.epochs, options.batch, rate=rate, head_rate=head_rate)
                 steps = step_count(len(few), settings)
                 fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
-                fitted = fitter.fit(tokens, few.labels, seed, lambda: None)
+                watch = Watch(name, fitter.rates, progress(steps))
+                fitted = fitter.fit(tokens, few.labels, seed, watch)
                 right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
                 row = {'method': name, 'rate': rate, 'head_rate': head_rate, 'seed': seed}
                 row |= {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from peftjax import checkpoint, models
 from peftjax.cli import _saved
+from peftjax.cli._run_folder import find
 
 TASKS = {_saved.LANGUAGE: 'CAUSAL_LM', _saved.TASK: 'SEQ_CLS'}
 """What the adapters of the commands are for, and what PEFT calls it."""
@@ -23,7 +24,7 @@ def open_adapter(folder: str) -> checkpoint.Loaded:
       FileNotFoundError: there is no such folder.
       ValueError: it holds no adapter, or one that is for something else.
     """
-    path = _saved.find(pathlib.Path(folder).expanduser())
+    path = find(pathlib.Path(folder).expanduser())
     if path.is_dir() and not (path / checkpoint.ADAPTER).exists():
         raise ValueError(f'{folder} must be an adapter, which has an {checkpoint.ADAPTER}. '
                          f'{_kind(path)}')  # fmt: skip

@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from peftjax.cli._fit import Fitted, Fitter, Settings, step_count
 from peftjax.cli._recipes import chosen
 from peftjax.cli._task import Task, load_task
 from peftjax.cli._terminal import progress, say
+from peftjax.cli._watch import Watch
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         for recipe in recipes:
             bar.set_description(recipe.name)
             fitter = Fitter(task, recipe, settings, samples[0].tokens.input_ids.shape[1], steps)
-            records.append(_method(fitter, samples, tokens, test.labels, out, bar.update))
+            records.append(_method(fitter, samples, tokens, test.labels, out, bar))
             bar.write(_report.line(records[-1]))
             _write(out, options, records)
     _show(out, options, records)
@@ -54,12 +54,13 @@ def _method(
     tokens: data.Tokens,
     labels: np.ndarray,
     out: pathlib.Path,
-    tick: Callable[[], Any],
+    bar: Any,
 ) -> dict[str, Any]:
     """One method over all seeds, its adapters saved."""
     fits, accuracies, sizes = [], [], []
     for sample in samples:
-        fitted = fitter.fit(sample.tokens, sample.labels, sample.seed, tick)
+        watch = Watch(fitter.recipe.name, fitter.rates, bar)
+        fitted = fitter.fit(sample.tokens, sample.labels, sample.seed, watch)
         accuracies.append(fitter.accuracy(fitted.phi, tokens, labels))
         folder = out / _output.ADAPTERS / f'{fitter.recipe.name}-seed{sample.seed}'
         sizes.append(_saved.save(folder, fitter, fitted, sample.seed, overwrite=False))

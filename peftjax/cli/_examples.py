@@ -29,13 +29,30 @@ def read(options: argparse.Namespace) -> tuple[data.Examples, data.Examples | No
 
     Training examples of the user's own go with test examples of their own, or none.
     """
-    columns = {'text': options.text_column, 'label': options.label_column}
     train, test = data.default_messages()
     if options.train:
-        train, test = data.load_labelled(options.train, **columns), None
+        train, test = labelled(options.train, options), None
     if options.test:
-        test = data.load_labelled(options.test, names=train.names, **columns)
+        test = labelled(options.test, options, train.names)
     return train, test
+
+
+def labelled(
+    path: str, options: argparse.Namespace, names: tuple[str, ...] | None = None
+) -> data.Examples:
+    """The examples of a file.
+
+    Args:
+      path: of the file.
+      options: as parsed, with the names of the columns.
+      names: that its labels must be of; None takes them from the file.
+
+    Returns:
+      The examples.
+    """
+    return data.load_labelled(
+        path, text=options.text_column, label=options.label_column, names=names
+    )
 
 
 def draw(task: Task, train: data.Examples, shots: int, seeds: list[int]) -> list[Sample]:

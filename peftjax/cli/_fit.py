@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import numpy as np
 import optax
 
 from peftjax import Peft, attach, data, start, train_step
+from peftjax.cli._loop import Evaluation, train
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
 from peftjax.cli._recipes import Recipe
 from peftjax.cli._task import Task, call, cross_entropy
+from peftjax.cli._watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Fitted:
       compile_seconds: of compilation.
       steps: updates made.
       peak_bytes: arguments and temporaries of the largest compiled step.
-      losses: of every step.
     """
 
     peft: Peft
@@ -66,7 +67,6 @@ class Fitted:
     compile_seconds: float
     steps: int
     peak_bytes: int
-    losses: tuple[float, ...]
 
 
 class Fitter:
@@ -80,6 +80,8 @@ class Fitter:
         self.peft = attach(recipe.method(), task.apply, task.params, shape, **masks)
         self.forward = self.peft.wrap(task.apply)
         self._tx = optimizer(self.settings, steps)
+        rates = schedule(self.settings, self.settings.rate or self.settings.head_rate or 0.0, steps)
+        self.rates = np.asarray(jax.vmap(rates)(jnp.arange(steps)))
         self._step = Programs(train_step(self._loss, self._tx))
         self._predict = jax.jit(lambda p, phi, batch: call(task, self.forward, batch, None, p, phi))
 
@@ -87,7 +89,12 @@ class Fitter:
         return cross_entropy(call(self.task, self.forward, batch, key, params, phi), batch)
 
     def fit(
-        self, tokens: data.Tokens, labels: np.ndarray, seed: int, tick: Callable[[], Any]
+        self,
+        tokens: data.Tokens,
+        labels: np.ndarray,
+        seed: int,
+        watch: Watch,
+        evaluation: Evaluation | None = None,
     ) -> Fitted:
         """Trains on all examples given.
 
@@ -95,7 +102,8 @@ class Fitter:
           tokens: of the examples.
           labels: `(n,)` integers.
           seed: of order, dropout, the fresh classifier and the rest of the fresh phi.
-          tick: called after each step.
+          watch: what measures and shows.
+          evaluation: what happens before the first step and between steps.
 
         Returns:
           What was found, and what it took.
@@ -106,7 +114,7 @@ class Fitter:
         for_phi, for_head, for_steps = jax.random.split(jax.random.key(seed), 3)
         phi = jax.jit(self.peft.init)(for_phi, self.task.fresh(for_head))
         if self.recipe.probe:
-            return self._probe(tokens, labels, phi, tick)
+            return self._probe(tokens, labels, phi, watch, evaluation)
         settings, task = self.settings, self.task
         state = start(self._tx, phi, for_steps)
         order = data.epochs(len(labels), settings.batch, seed, settings.epochs)
@@ -114,37 +122,31 @@ class Fitter:
         compiled = self._step.seconds
         for batch in batches:
             self._step.prepare(task.params, state, batch)
-        losses, began = [], time.perf_counter()
-        for batch in batches:
-            state, loss = self._step(task.params, state, batch)
-            losses.append(self._finite(float(loss), len(losses)))
-            tick()
-        seconds = time.perf_counter() - began
-        return Fitted(
-            self.peft,
-            state.phi,
-            seconds,
-            self._step.seconds - compiled,
-            len(losses),
-            self._step.peak_bytes,
-            tuple(losses),
-        )
+        compiled = self._step.seconds - compiled
+        if evaluation is not None:
+            evaluation.report(0, state.phi, watch)
+        counted = ((batch, int(batch['mask'].sum())) for batch in batches)
+        state = train(self._step, task.params, state, counted, len(batches), watch, evaluation)
+        steps, peak = len(batches), self._step.peak_bytes
+        return Fitted(self.peft, state.phi, watch.seconds, compiled, steps, peak)
 
-    def _finite(self, loss: float, steps: int) -> float:
-        if not np.isfinite(loss):
-            raise ValueError(
-                f'{self.recipe.name}: the loss must stay finite; it is {loss} after {steps} steps. '
-                f'Lower the learning rate (now {self.settings.rate:g})'
-            )
-        return loss
-
-    def _probe(self, tokens: data.Tokens, labels: np.ndarray, phi: Any, tick: Any) -> Fitted:
+    def _probe(
+        self,
+        tokens: data.Tokens,
+        labels: np.ndarray,
+        phi: Any,
+        watch: Watch,
+        evaluation: Evaluation | None,
+    ) -> Fitted:
         began = time.perf_counter()
         head, peak = fit_probe(self.task, tokens, labels)
         values = {f'classifier/{name}': {'value': value} for name, value in head.items()}
-        tick()
         seconds = time.perf_counter() - began
-        return Fitted(self.peft, {**phi, 'head': values}, seconds, 0.0, 0, peak, ())
+        phi = {**phi, 'head': values}
+        watch.tick()
+        if evaluation is not None:
+            evaluation.report(0, phi, watch)
+        return Fitted(self.peft, phi, seconds, 0.0, 0, peak)
 
     def logits(self, phi: Any, tokens: data.Tokens) -> np.ndarray:
         """Logits of all examples, `(n, labels)`."""
@@ -152,7 +154,20 @@ class Fitter:
 
     def accuracy(self, phi: Any, tokens: data.Tokens, labels: np.ndarray) -> float:
         """The part of the examples that gets the right label, in percent."""
-        return 100 * float((self.logits(phi, tokens).argmax(-1) == labels).mean())
+        return _accuracy(self.logits(phi, tokens), labels)
+
+    def evaluate(self, tokens: data.Tokens, labels: np.ndarray, phi: Any) -> dict[str, float]:
+        """Mean loss and accuracy in percent."""
+        logits = self.logits(phi, tokens)
+        losses = optax.softmax_cross_entropy_with_integer_labels(jnp.float32(logits), labels)
+        return {
+            'evaluation_loss': float(losses.mean()),
+            'evaluation_accuracy': _accuracy(logits, labels),
+        }
+
+
+def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return 100 * float((logits.argmax(-1) == labels).mean())
 
 
 def step_count(examples: int, settings: Settings) -> int:
@@ -160,17 +175,19 @@ def step_count(examples: int, settings: Settings) -> int:
     return settings.epochs * -(-examples // settings.batch)
 
 
+def schedule(settings: Settings, rate: float, steps: int) -> optax.Schedule:
+    """The learning rate at each step: it rises, then falls to zero."""
+    rise = max(1, round(settings.warmup * steps))
+    fall = optax.linear_schedule(rate, 0.0, max(1, steps - rise))
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, rise), fall], [rise])
+
+
 def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
     """AdamW with a rate for the head and one for the method, both rising, then falling."""
 
     def adamw(rate: float) -> optax.GradientTransformation:
-        rise = max(1, round(settings.warmup * steps))
-        schedule = optax.join_schedules(
-            [optax.linear_schedule(0.0, rate, rise),
-             optax.linear_schedule(rate, 0.0, max(1, steps - rise))],
-            [rise],
-        )  # fmt: skip
-        return optax.adamw(schedule, weight_decay=settings.weight_decay)
+        rates = schedule(settings, rate, steps)
+        return optax.adamw(rates, weight_decay=settings.weight_decay)
 
     assert settings.rate is not None and settings.head_rate is not None
     rates: dict[Hashable, Any] = {

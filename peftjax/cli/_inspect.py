@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 import peftjax as pj
 from peftjax import checkpoint, models
-from peftjax.cli import _saved
+from peftjax.cli._run_folder import find
 from peftjax.cli._terminal import say
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     what = options.what or models.default_model_path()
-    folder = _saved.find(what)
+    folder = find(pathlib.Path(what))
     if (folder / checkpoint.ADAPTER).exists():
         _adapter(folder)
     elif folder.is_dir() and not (folder / 'config.json').exists():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from peftjax.cli import _config, _folder_options
-from peftjax.cli._numbers import count
+from peftjax.cli._numbers import count, part
 from peftjax.cli.language import _options as language
 
 
@@ -95,22 +95,35 @@ def _tune(commands: Any) -> None:
     sub.add_argument(
         '--seed', type=int, default=0, help='of sampling, order and dropout (%(default)s)'
     )
-    sub.add_argument('--out', required=True, help='folder for the adapter')
+    sub.add_argument(
+        '--out', required=True, help='folder for the adapter, what was measured, and a picture'
+    )
     sub.add_argument('--overwrite', action='store_true', help='replace an earlier run in --out')
     sub.add_argument('--text-column', help='name of the column (text)')
+    sub.add_argument('--eval-data', metavar='FILE', help='like --data, to evaluate on')
+    sub.add_argument(
+        '--eval-part', type=part, metavar='PART', help='or a part of --data, held back (0)'
+    )
+    sub.add_argument('--evaluations', type=count, help='how often, evenly spread (10)')
+    sub.add_argument(
+        '--tensorboard',
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help='write for TensorBoard too',
+    )
     _tune_encoder(sub)
     language.add_tune(sub, count)
 
 
 def _tune_encoder(sub: argparse.ArgumentParser) -> None:
     """What `tune` takes for an encoder; None stands for what was not asked for."""
-    part = sub.add_argument_group('for encoders')
-    part.add_argument('--test', help='file like --train, with the same labels')
-    part.add_argument(
+    group = sub.add_argument_group('for encoders')
+    group.add_argument('--test', help='file like --train, with the same labels')
+    group.add_argument(
         '--shots', type=count, help='take only so many examples of each label (all of them)'
     )
-    part.add_argument('--label-column', help='name of the column (label)')
-    part.add_argument('--max-tokens', type=count, help='longer texts are cut (64)')
+    group.add_argument('--label-column', help='name of the column (label)')
+    group.add_argument('--max-tokens', type=count, help='longer texts are cut (64)')
 
 
 def _generate(commands: Any) -> None:

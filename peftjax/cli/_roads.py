@@ -19,6 +19,8 @@ class Road:
     defaults: Mapping[str, Any]
 
 
+MEASURED = {'eval_data': None, 'eval_part': 0.0, 'evaluations': 10, 'tensorboard': False}
+
 ENCODER = Road(
     'an encoder',
     {
@@ -29,6 +31,7 @@ ENCODER = Road(
         'text_column': 'text',
         'label_column': 'label',
         'max_tokens': 64,
+        **MEASURED,
     },
 )
 LANGUAGE = Road(
@@ -45,16 +48,13 @@ LANGUAGE = Road(
         'pack': None,
         'answer_only': False,
         'too_long': 'refuse',
-        'eval_data': None,
-        'eval_part': 0.0,
-        'evaluations': 10,
         'warmup': 0.05,
         'decay': 'cosine',
         'weight_decay': 0.01,
         'dtype': 'float32',
         'quantize': None,
         'remat': 'names',
-        'tensorboard': False,
+        **MEASURED,
     },
 )
 

@@ -7,13 +7,11 @@ from typing import Any
 
 from peftjax import checkpoint
 from peftjax.cli._fit import Fitted, Fitter
+from peftjax.cli._run_folder import find
 
 TASK = 'classification'
 LANGUAGE = 'language-model'
 READERS = {TASK: 'an encoder: peftjax predict', LANGUAGE: 'a language model: peftjax generate'}
-ADAPTER = 'adapter'
-"""Where the folder of a run on a language model holds its adapter."""
-
 MOVED = 'Where the model has moved, say so with --model'
 
 
@@ -66,7 +64,7 @@ def load(folder: str | os.PathLike[str], task: str) -> tuple[checkpoint.Loaded, 
     Raises:
       ValueError: the adapter was made for something else.
     """
-    loaded = checkpoint.load(find(folder))
+    loaded = checkpoint.load(find(pathlib.Path(folder)))
     found = loaded.metadata.get('task')
     if found != task:
         known = f'one of {READERS[found]} takes it' if found in READERS else (
@@ -75,13 +73,6 @@ def load(folder: str | os.PathLike[str], task: str) -> tuple[checkpoint.Loaded, 
             f'{folder} must hold an adapter of {READERS[task].split(":")[0]}; it holds {known}'
         )
     return loaded, loaded.metadata
-
-
-def find(folder: str | os.PathLike[str]) -> pathlib.Path:
-    """The adapter's folder: this one, or the one in the folder of a run."""
-    path = pathlib.Path(folder)
-    inner = path / ADAPTER
-    return inner if (inner / checkpoint.ADAPTER).is_file() else path
 
 
 def lasting(model: str) -> str:

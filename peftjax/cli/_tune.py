@@ -1,16 +1,28 @@
-"""`peftjax tune`: one method, one adapter folder."""
+"""`peftjax tune` on an encoder: one method, one folder with adapter and metrics."""
 
 import argparse
-import pathlib
+from functools import partial
+from typing import NamedTuple
 
 from peftjax import data, models
-from peftjax.cli import _config, _output, _roads, _saved
-from peftjax.cli._examples import read
+from peftjax.cli import _config, _metrics, _output, _plot, _roads, _run_folder, _saved
+from peftjax.cli._examples import labelled, read
 from peftjax.cli._fit import Fitter, Settings, step_count
+from peftjax.cli._held import split
+from peftjax.cli._loop import Evaluation
 from peftjax.cli._recipes import chosen
-from peftjax.cli._task import load_task
+from peftjax.cli._task import Task, load_task
 from peftjax.cli._terminal import progress, say
+from peftjax.cli._watch import Watch
 from peftjax.cli.language import _tune as language
+
+
+class Parts(NamedTuple):
+    """Examples to train on, to evaluate on between steps, and to test on; None where none are."""
+
+    train: data.Examples
+    held: data.Examples | None
+    test: data.Examples | None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,28 +34,51 @@ def run(options: argparse.Namespace) -> int:
     if more:
         raise ValueError(f'tune takes one method; got {options.method!r}. compare takes several')
     out = _output.check_free(options.out, options.overwrite)
-    train, test = read(options)
-    if options.shots:
-        train = data.few_shot(train, options.shots, options.seed)
-    task = load_task(options.model, train.names, options.max_tokens)
-    tokens = task.encode(train.texts)
+    board = _metrics.board() if options.tensorboard else None
+    parts = _parts(options)
+    task = load_task(options.model, parts.train.names, options.max_tokens)
+    tokens = task.encode(parts.train.texts)
     settings = Settings(epochs=options.epochs, batch=options.batch, rate=options.rate)
-    steps = step_count(len(train), settings)
+    steps = step_count(len(parts.train), settings)
     fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], steps)
-    say(str(fitter.peft))
-    with progress(1 if recipe.probe else steps) as bar:
-        fitted = fitter.fit(tokens, train.labels, options.seed, bar.update)
-    _saved.save(out, fitter, fitted, options.seed, options.overwrite)
     options.rate = fitter.settings.rate
-    _config.write(beside(out), options)
+    say(str(fitter.peft))
+    _run_folder.clear(out)
+    _config.write(out / _config.FILE, options)
+    evaluation = _evaluation(fitter, task, parts.held, options.evaluations)
+    with (
+        _metrics.Metrics(out, board) as metrics,
+        progress(1 if recipe.probe else steps) as bar,
+    ):
+        bar.set_description(recipe.name)
+        watch = Watch(recipe.name, fitter.rates, bar, metrics)
+        fitted = fitter.fit(tokens, parts.train.labels, options.seed, watch, evaluation)
+    if fitted.steps:
+        title = f'{recipe.name}, {options.train or "the shipped messages"}'
+        _plot.draw(out / _plot.FILE, metrics.rows, title, 'example')
+    _saved.save(out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=False)
     say(f'{fitted.steps} steps in {fitted.seconds:.1f} s; written to {out}')
-    if test is not None:
-        accuracy = fitter.accuracy(fitted.phi, task.encode(test.texts), test.labels)
-        say(f'accuracy on {len(test)} test messages: {accuracy:.1f} %')
+    if parts.test is not None:
+        accuracy = fitter.accuracy(fitted.phi, task.encode(parts.test.texts), parts.test.labels)
+        say(f'accuracy on {len(parts.test)} test messages: {accuracy:.1f} %')
     return 0
 
 
-def beside(out: pathlib.Path) -> pathlib.Path:
-    """Where the options lie of a run whose folder is an adapter's, which takes no other file."""
-    out = out.absolute()
-    return out.with_name(f'{out.name}.{_config.FILE}')
+def _parts(options: argparse.Namespace) -> Parts:
+    """The examples that the options name; those held back are never trained on."""
+    train, test = read(options)
+    own, places = split(len(train), options)
+    held = train.take(places) if len(places) else None
+    if options.eval_data:
+        held = labelled(options.eval_data, options, train.names)
+    train = train.take(own)
+    if options.shots:
+        train = data.few_shot(train, options.shots, options.seed)
+    return Parts(train, held, test)
+
+
+def _evaluation(fitter: Fitter, task: Task, held: data.Examples | None, times: int) -> Evaluation:
+    """Loss and accuracy on what was held back."""
+    if held is None:
+        return Evaluation(None, times)
+    return Evaluation(partial(fitter.evaluate, task.encode(held.texts), held.labels), times)

@@ -12,9 +12,8 @@ import pytest
 from talker import COLORS, PROMPTS
 
 from peftjax import checkpoint, data, models
-from peftjax.cli import _options
-from peftjax.cli.language import _metrics
-from peftjax.cli.language._metrics import Metrics
+from peftjax.cli import _metrics, _options
+from peftjax.cli._metrics import Metrics
 
 FEW = ('--steps', 3, '--batch', 2, '--length', 16, '--evaluations', 1, '--remat', 'none')
 
@@ -141,7 +140,7 @@ def test_options_give_the_same_run_again(peftjax, tune, tmp_path, monkeypatch):
 def test_all_commands_write_options_that_are_read_as_what_was_asked(compared, tuned):
     for command, file in (
         ('compare', compared / 'options.toml'),
-        ('tune', tuned.with_name('tuned.options.toml')),
+        ('tune', tuned / 'options.toml'),
     ):
         options = _options.parse([command, '--config', str(file)])
         written = file.read_text()

@@ -12,6 +12,7 @@ from quick import jit
 
 import peftjax as pj
 from peftjax import data, models
+from peftjax.cli._watch import Watch
 from peftjax.cli.language import _fit, _recipes, _task
 from peftjax.cli.language._recipes import RECIPES
 
@@ -127,11 +128,11 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     added = []
     metrics = types.SimpleNamespace(add=lambda step, values: added.append((step, values['loss'])))
     bar = types.SimpleNamespace(set_postfix=lambda *a, **k: None, update=lambda: None)
-    watch = _fit._Watch(np.array([0.1, 0.2, 0.2]), metrics, bar)  # pyright: ignore
+    watch = Watch('lora', np.array([0.1, 0.2, 0.2]), bar, metrics)  # pyright: ignore
     for step, loss in enumerate((2.0, jnp.nan, 1.0), 1):
         watch.begin()
         if step == 3:
-            with pytest.raises(ValueError, match=r'it is nan at step 2. Lower .* \(now 0.2\)'):
+            with pytest.raises(ValueError, match=r'lora: .* nan at step 2. Lower .* \(now 0.2\)'):
                 watch.step(step, jnp.float32(loss), 10)
         else:
             watch.step(step, jnp.float32(loss), 10)

@@ -6,11 +6,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from peftjax import checkpoint, data
 from peftjax.cli._fit import Fitter, Settings
 from peftjax.cli._recipes import chosen
 from peftjax.cli._task import load_task
+from peftjax.cli._terminal import progress
+from peftjax.cli._watch import Watch
 
 TEXTS = ('where is the train', 'please cancel my room', 'such a good card')
 
@@ -44,6 +47,59 @@ def test_the_accuracy_is_that_of_the_test_file(peftjax, here, tuned_once, tmp_pa
     assert '150 steps in ' in said and 'bert/encoder/layer/attention/self/query/kernel' in said
 
 
+def test_a_run_leaves_adapter_metrics_picture_and_options(tuned_once, here):
+    folder, said = tuned_once
+    found = {path.name for path in folder.iterdir()}
+    assert found == {'adapter', 'metrics.jsonl', 'loss.png', 'options.toml'}
+    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    steps = [row for row in rows if 'loss' in row]
+    assert [row['step'] for row in steps] == list(range(1, 151))
+    assert steps[-1]['loss'] < 0.5 * steps[0]['loss']
+    assert [row['rate'] for row in steps[14:17]] == pytest.approx([0.0187, 0.02, 0.0199], abs=1e-4)
+    # every epoch is one batch of all texts, each of five tokens or six
+    lengths = [
+        len(json.loads(line)['text'].split()) + 2
+        for line in pathlib.Path(here.train).read_text().splitlines()
+    ]
+    assert steps[-1]['tokens'] == 150 * sum(lengths)
+    assert said.count('tokens/s') == 10
+
+
+def test_what_is_held_back_is_evaluated_on_and_never_trained_on(peftjax, here, tmp_path):
+    some = ('--method', 'bitfit', '--epochs', 2, '--batch', 3, '--evaluations', 2)
+    held = ('--eval-part', 0.25, '--seed', 3)
+    files = ('--model', here.model, '--train', here.train)
+    ran = peftjax('tune', *files, *some, *held, '--out', tmp_path / 'a')
+    assert ran.code == 0, ran.err
+    rows = [json.loads(line) for line in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()]
+    found = [row for row in rows if 'evaluation_loss' in row]
+    assert [row['step'] for row in found] == [0, 3, 6]
+    # 9 of 12 texts in batches of three are left to train on
+    assert sum('loss' in row for row in rows) == 6
+    train = data.load_labelled(here.train)
+    order = np.random.default_rng(3).permutation(12)
+    (tmp_path / 'held.jsonl').write_text(''.join(
+        json.dumps({'text': train.texts[i], 'label': train.names[train.labels[i]]}) + '\n'
+        for i in sorted(order[:3])
+    ))  # fmt: skip
+    (tmp_path / 'texts').write_text('\n'.join(train.texts[i] for i in sorted(order[:3])))
+    lines = peftjax('predict', tmp_path / 'a', '--file', tmp_path / 'texts').out.splitlines()
+    right = [
+        json.loads(line)['label'] == train.names[train.labels[i]]
+        for line, i in zip(lines, sorted(order[:3]), strict=True)
+    ]
+    assert found[-1]['evaluation_accuracy'] == pytest.approx(100 * np.mean(right))
+    # the same texts from a file of their own, beside a run that trains on everything
+    other = ('--eval-data', tmp_path / 'held.jsonl', '--epochs', 1, '--batch', 12, '--seed', 3)
+    ran = peftjax('tune', *files, '--method', 'bitfit', *other, '--out', tmp_path / 'b')
+    assert ran.code == 0, ran.err
+    rows = [json.loads(line) for line in (tmp_path / 'b/metrics.jsonl').read_text().splitlines()]
+    assert rows[0]['evaluation_loss'] == pytest.approx(found[0]['evaluation_loss'], rel=1e-5)
+    ran = peftjax('tune', *files, *other, *held[:2], '--out', tmp_path / 'c')
+    assert ran.code == 2 and 'evaluate on --eval-data or on --eval-part' in ran.err
+    assert not (tmp_path / 'c').exists()
+
+
 def test_the_probe_is_a_method_too(peftjax, here, tmp_path):
     files = ('--model', here.model, '--train', here.train)
     ran = peftjax('tune', *files, '--method', 'frozen', '--out', tmp_path / 'probe')
@@ -74,19 +130,26 @@ def test_an_adapter_is_replaced_only_when_told(peftjax, here, tuned, tmp_path):
     mine = tmp_path / 'mine'
     shutil.copytree(tuned, mine)
     args = (*here.inputs, '--method', 'frozen', '--out', mine)
-    before = checkpoint.load(mine).metadata
+    before = checkpoint.load(mine / 'adapter').metadata
     ran = peftjax('tune', *args)
     assert (ran.code, ran.out) == (2, '') and 'exists and is not empty' in ran.err
-    assert checkpoint.load(mine).metadata == before
+    assert checkpoint.load(mine / 'adapter').metadata == before
+    (mine / 'notes.txt').write_text('mine')
     assert peftjax('tune', *args, '--overwrite').code == 0
-    assert checkpoint.load(mine).metadata['method'] == 'frozen'
+    assert checkpoint.load(mine / 'adapter').metadata['method'] == 'frozen'
+    # the picture of the earlier run is gone; what no run writes stays
+    assert {path.name for path in mine.iterdir()} == {
+        'adapter', 'metrics.jsonl', 'options.toml', 'notes.txt',
+    }  # fmt: skip
 
 
-def test_what_is_no_adapter_is_never_replaced(peftjax, here, tmp_path):
-    (tmp_path / 'notes.txt').write_text('mine')
-    ran = peftjax('tune', *here.inputs, '--method', 'frozen', '--out', tmp_path, '--overwrite')
-    assert ran.code == 2 and 'only a saved adapter is replaced' in ran.err
-    assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+def test_an_adapter_is_no_place_for_a_run(peftjax, here, tuned):
+    inside = tuned / 'adapter'
+    before = sorted(inside.rglob('*'))
+    args = ('--method', 'frozen', '--out', inside, '--overwrite')
+    ran = peftjax('tune', *here.inputs, *args)
+    assert ran.code == 2 and 'must be the folder of a run' in ran.err
+    assert sorted(inside.rglob('*')) == before
 
 
 def test_a_loss_that_is_not_finite_is_an_error(peftjax, here, tmp_path):
@@ -94,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_an_error(peftjax, here, tmp_path):
     ran = peftjax('tune', *here.inputs, *few, '--rate', 1e30, '--out', tmp_path / 'out')
     assert ran.code == 2
     assert 'lora: the loss must stay finite' in ran.err and '1e+30' in ran.err
-    assert not (tmp_path / 'out').exists()
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'metrics.jsonl', 'options.toml'}
 
 
 def test_another_model_is_refused_unless_told(peftjax, here, tuned, tmp_path):
@@ -141,7 +204,11 @@ def test_interrupting_ends_with_130(peftjax, here, tmp_path, monkeypatch):
     monkeypatch.setattr(Fitter, 'fit', interrupt)
     ran = peftjax('tune', *here.inputs, '--out', tmp_path / 'out')
     assert ran.code == 130 and ran.err == 'peftjax tune: interrupted\n'
-    assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'out' / 'adapter').exists()
+
+
+def fit(fitter, tokens, labels, seed):
+    return fitter.fit(tokens, labels, seed, Watch('bitfit', fitter.rates, progress(1)))
 
 
 def test_the_same_seed_makes_the_same_adapter(here):
@@ -151,7 +218,7 @@ def test_the_same_seed_makes_the_same_adapter(here):
         task = load_task(here.model, train.names, 16)
         tokens, settings = task.encode(train.texts), Settings(epochs=2, batch=4)
         fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], 6)
-        fits = [fitter.fit(tokens, train.labels, seed, lambda: None) for seed in (1, 1, 2)]
+        fits = [fit(fitter, tokens, train.labels, seed) for seed in (1, 1, 2)]
     first, again, other = (jax.tree.leaves(fit.phi) for fit in fits)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert not all((a == b).all() for a, b in zip(first, other, strict=True))
@@ -166,7 +233,7 @@ def test_each_seed_starts_from_a_classifier_of_its_own(here):
         tokens = task.encode(train.texts)
         still = Settings(epochs=1, batch=16, rate=0.0, head_rate=0.0)
         fitter = Fitter(task, recipe, still, tokens.input_ids.shape[1], 1)
-        fits = [fitter.fit(tokens, train.labels, seed, lambda: None) for seed in range(8)]
+        fits = [fit(fitter, tokens, train.labels, seed) for seed in range(8)]
     heads = [fit.phi['head'] for fit in fits]
     kernels = jnp.stack([head['classifier/kernel']['value'] for head in heads])
     assert len({float(kernel[0, 0]) for kernel in kernels}) == len(fits)

@@ -3,9 +3,8 @@
 import argparse
 from typing import NamedTuple
 
-import numpy as np
-
 from peftjax import data
+from peftjax.cli._held import split
 from peftjax.cli.language._task import Task, encode
 
 
@@ -40,23 +39,9 @@ def read(options: argparse.Namespace) -> Records:
     """
     if not options.train:
         raise ValueError('a language model needs examples: --data with a jsonl file')
-    if options.eval_data and options.eval_part:
-        raise ValueError(
-            f'evaluate on --eval-data or on --eval-part; got {options.eval_data!r} and '
-            f'{options.eval_part}. --eval-part 0 holds nothing back'
-        )
     records = _load(options.train, options)
-    if options.eval_data:
-        return Records(records, _load(options.eval_data, options))
-    count = round(options.eval_part * len(records))
-    if options.eval_part and not 0 < count < len(records):
-        raise ValueError(
-            f'--eval-part {options.eval_part} of {len(records)} examples leaves {count} to '
-            'evaluate on: at least one is needed there, and one to train on'
-        )
-    order = np.random.default_rng(options.seed).permutation(len(records))
-    picked = lambda places: tuple(records[i] for i in sorted(places))
-    return Records(picked(order[count:]), picked(order[:count]))
+    train, held = (tuple(records[i] for i in part) for part in split(len(records), options))
+    return Records(train, _load(options.eval_data, options) if options.eval_data else held)
 
 
 def _load(path: str, options: argparse.Namespace) -> tuple[data.Record, ...]:

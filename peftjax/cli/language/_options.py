@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from peftjax.cli._numbers import part
+
 QUANTIZED = ('nf4', 'int4', 'int8')
 DTYPES = ('float32', 'bfloat16')
 
@@ -14,31 +16,25 @@ def add_tune(sub: argparse.ArgumentParser, count: Any) -> None:
       sub: the parser of the command.
       count: type of an option that counts.
     """
-    part = sub.add_argument_group('for language models')
+    group = sub.add_argument_group('for language models')
     for name in ('messages', 'prompt', 'completion'):
-        part.add_argument(f'--{name}-column', help=f'name of the column ({name})')
-    part.add_argument('--steps', type=count, help='end after so many steps, whatever --epochs')
-    part.add_argument('--length', type=count, help='tokens of a row (512)')
-    _switch(part, '--pack', 'several examples in a row (where the method can)')
-    _switch(part, '--answer-only', 'learn answers and completions alone (every token)')
-    part.add_argument(
+        group.add_argument(f'--{name}-column', help=f'name of the column ({name})')
+    group.add_argument('--steps', type=count, help='end after so many steps, whatever --epochs')
+    group.add_argument('--length', type=count, help='tokens of a row (512)')
+    _switch(group, '--pack', 'several examples in a row (where the method can)')
+    _switch(group, '--answer-only', 'learn answers and completions alone (every token)')
+    group.add_argument(
         '--too-long', choices=('refuse', 'cut', 'drop'), help='examples over --length (refuse)'
     )
-    part.add_argument('--eval-data', metavar='FILE', help='jsonl like --data, to evaluate on')
-    part.add_argument(
-        '--eval-part', type=_part, metavar='PART', help='or a part of --data, held back (0)'
-    )
-    part.add_argument('--evaluations', type=count, help='how often, evenly spread (10)')
-    part.add_argument('--warmup', type=_part, metavar='PART', help='of the steps (0.05)')
-    part.add_argument(
+    group.add_argument('--warmup', type=part, metavar='PART', help='of the steps (0.05)')
+    group.add_argument(
         '--decay', choices=('cosine', 'linear', 'none'), help='of the rate after it (cosine)'
     )
-    part.add_argument('--weight-decay', type=float, help='on all that is trained (0.01)')
-    _model(part)
-    part.add_argument(
+    group.add_argument('--weight-decay', type=float, help='on all that is trained (0.01)')
+    _model(group)
+    group.add_argument(
         '--remat', choices=('none', 'full', 'names'), help='what a gradient keeps (names)'
     )
-    _switch(part, '--tensorboard', 'write for TensorBoard too')
 
 
 def add_generate(sub: argparse.ArgumentParser, count: Any) -> None:
@@ -68,20 +64,10 @@ def add_generate(sub: argparse.ArgumentParser, count: Any) -> None:
     _model(sub)
 
 
-def _model(part: Any) -> None:
-    part.add_argument('--dtype', choices=DTYPES, help='of the base (float32)')
-    part.add_argument('--quantize', choices=QUANTIZED, help='the linear layers of the base')
+def _model(sub: Any) -> None:
+    sub.add_argument('--dtype', choices=DTYPES, help='of the base (float32)')
+    sub.add_argument('--quantize', choices=QUANTIZED, help='the linear layers of the base')
 
 
-def _switch(part: Any, name: str, text: str) -> None:
-    part.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
-
-
-def _part(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f'must be from 0 to below 1; got {text!r}')
-    return value
+def _switch(sub: Any, name: str, text: str) -> None:
+    sub.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)

@@ -3,28 +3,14 @@
 import argparse
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import peftjax as pj
-from peftjax.cli import _config, _saved
+from peftjax.cli import _run_folder, _saved
 from peftjax.cli._saved import LANGUAGE
-from peftjax.cli.language import _metrics, _plot
 from peftjax.cli.language._fit import Fitted, Settings
 from peftjax.cli.language._recipes import Recipe
 from peftjax.cli.language._task import Task
-
-
-def clear(out: pathlib.Path) -> None:
-    """Makes the folder, without the results of an earlier run; what else is there stays."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (_metrics.FILE, _plot.FILE, _config.FILE):
-        (out / name).unlink(missing_ok=True)
-    for file in (out / _metrics.BOARD).glob('events.*'):
-        file.unlink()
-    adapter = out / _saved.ADAPTER
-    if (adapter / 'manifest.json').is_file():
-        shutil.rmtree(adapter)
 
 
 def save(
@@ -45,7 +31,7 @@ def save(
         'seed': seed,
         'settings': dataclasses.asdict(settings),
     }
-    where = out / _saved.ADAPTER
+    where = out / _run_folder.ADAPTER
     return pj.save(where, peft, fitted.phi, params=task.params, metadata=metadata)
 
 

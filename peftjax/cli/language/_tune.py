@@ -2,11 +2,11 @@
 
 import argparse
 
-from peftjax.cli import _config, _output, _report, _roads
+from peftjax.cli import _config, _metrics, _output, _plot, _report, _roads, _run_folder
 from peftjax.cli._terminal import progress, say
-from peftjax.cli.language import _data, _metrics, _plot, _recipes, _saved, _task
+from peftjax.cli._watch import Watch
+from peftjax.cli.language import _data, _recipes, _saved, _task
 from peftjax.cli.language._fit import Fitted, Fitter, Settings
-from peftjax.cli.language._metrics import Metrics
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,12 +24,13 @@ def run(options: argparse.Namespace) -> int:
     settings = _settings(options, split)
     fitter = Fitter(task, task.attach(method), settings)
     say(f'{fitter.peft}\n{_about(split, settings)}')
-    _saved.clear(out)
+    _run_folder.clear(out)
     _config.write(out / _config.FILE, options)
-    with Metrics(out, board) as metrics, progress(settings.steps) as bar:
+    with _metrics.Metrics(out, board) as metrics, progress(settings.steps) as bar:
         bar.set_description(recipe.name)
-        fitted = fitter.fit(split, options.seed, options.evaluations, metrics, bar)
-    _plot.draw(out / _plot.FILE, metrics.rows, f'{recipe.name}, {options.train}')
+        watch = Watch(recipe.name, fitter.rates, bar, metrics)
+        fitted = fitter.fit(split, options.seed, options.evaluations, watch)
+    _plot.draw(out / _plot.FILE, metrics.rows, f'{recipe.name}, {options.train}', 'token')
     _saved.save(out, task, fitter.peft, fitted, recipe, settings, options.seed)
     say(_end(fitted, settings))
     say(f'written to {out}')

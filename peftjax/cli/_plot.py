@@ -9,13 +9,14 @@ import numpy as np
 FILE = 'loss.png'
 
 
-def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str, per: str) -> None:
     """Writes the picture.
 
     Args:
       path: of the PNG file.
       rows: as in `metrics.jsonl`, at least one with a loss.
       title: above the picture.
+      per: what a loss is the mean of.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]], title: str) -> None
     if len(held):
         axes.plot(places, held, 'o-', color='C1', label='evaluation')
     axes.set_xlabel('step')
-    axes.set_ylabel('loss per token, nats')
+    axes.set_ylabel(f'loss per {per}, nats')
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
