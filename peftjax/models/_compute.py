@@ -22,7 +22,8 @@ class Compute:
         axis (`encoder/layer`, `model/layers`). False: unrolled blocks `encoder/layer/0`, ….
       dtype: dtype of activations and products. Softmax, norms and GELU are float32 inside.
       param_dtype: dtype of freshly initialized parameters.
-      attention: `'fused'`, or `'plain'` for code that needs forward-mode derivatives (`jax.jvp`).
+      attention: `'fused'`, or `'plain'` for code that needs forward-mode derivatives (`jax.jvp`);
+        on an NVIDIA GPU in half precision, where cuDNN serves a decoder, also second ones.
       save: names of values; a gradient keeps only those of each block and computes the rest again.
         None keeps whatever the gradient needs.
 

@@ -12,6 +12,7 @@ from peftjax.models._cache import Cache, Store
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_block import Block, Layer, norm
 from peftjax.models._decoder_config import DecoderConfig
+from peftjax.models._kernel import keep
 from peftjax.models._layers import Embedding, linear
 from peftjax.models._sight import Sight, count_positions, find_places, find_sights
 from peftjax.models._stack import stack
@@ -36,7 +37,15 @@ class _Body(nn.Module):
         if names.positions is not None:
             self.place = table(config.positions, names.positions)
         length = config.num_hidden_layers
-        self.blocks = stack(Block, config, compute, length, shared=1, name=names.layers)
+        self.blocks = stack(
+            Block,
+            config,
+            compute,
+            length,
+            shared=1,
+            name=names.layers,
+            policy=keep(config.attention, compute),
+        )
         self.last = norm(config, compute, names.norm)
 
     def __call__(

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -12,6 +11,7 @@ from peftjax.models._cache import Store
 from peftjax.models._causal import causal_attention
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_config import Attention, DecoderConfig
+from peftjax.models._kernel import kernel_attention, serves
 from peftjax.models._layers import RmsNorm, linear
 from peftjax.models._rope import rotate
 from peftjax.models._sight import Sight, causal_mask
@@ -98,45 +98,26 @@ def attend(
 ) -> Array:
     """Attention by the kernel that fits.
 
+    On an NVIDIA GPU in half precision that is cuDNN's, which holds no scores, under a mask too.
+    Elsewhere, and with a soft cap, for which it has none, all scores of a layer are held.
+
     Args:
       query: `(batch, tokens, heads, head_dim)`.
       key: `(batch, keys, kv_heads, head_dim)`.
       value: as `key`.
       sight: which keys a token sees.
       shape: scale and soft cap.
-      compute: form of attention where no kernel of the backend's own serves.
+      compute: form of attention; `'plain'` is never cuDNN's.
 
     Returns:
       Array of the shape of `query`.
     """
-    if shape.soft_cap is None and _cudnn_serves(query, key, masked=sight.mask is not None):
-        window = None if sight.window is None else (sight.window - 1, 0)
-        mask = None if sight.mask is None else sight.mask[:, None]
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            scale=shape.scale,
-            is_causal=mask is None,
-            local_window_size=window,
-            implementation='cudnn',
-        )
+    if serves(query, key, sight, shape, compute):
+        return kernel_attention(query, key, value, sight, shape.scale)
     mask = causal_mask(query.shape[1], sight.window) if sight.mask is None else sight.mask
     form = functools.partial(attention, scale=shape.scale)
     if shape.soft_cap is not None or compute.attention == 'plain':
         form = functools.partial(plain_attention, scale=shape.scale, soft_cap=shape.soft_cap)
-    if sight.tokens_are_keys:
+    if sight.causal:
         return causal_attention(form, query, key, value, mask, sight.window)
     return form(query, key, value, mask)
-
-
-def _cudnn_serves(query: Array, key: Array, masked: bool) -> bool:
-    """Whether cuDNN has a kernel: half precision, and shapes that it is documented to take."""
-    if jax.default_backend() != 'gpu' or query.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    capability = float(getattr(jax.devices()[0], 'compute_capability', 0))
-    widest = 256 if capability >= 9 else 128
-    tokens, keys, width = query.shape[1], key.shape[1], query.shape[-1]
-    even = not masked or (tokens % 2 == 0 and keys % 2 == 0)
-    return capability >= 8 and tokens > 1 and even and width % 8 == 0 and width <= widest

@@ -16,9 +16,7 @@ Array = jax.Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=['turn', 'mask'],
-    meta_fields=['window', 'tokens_are_keys'],
+    jax.tree_util.register_dataclass, data_fields=['turn', 'mask'], meta_fields=['window', 'causal']
 )
 @dataclasses.dataclass(frozen=True)
 class Sight:
@@ -29,13 +27,14 @@ class Sight:
       mask: bool `(batch or 1, tokens, keys)`, True at the keys to attend to. None: each token sees
         itself and those before.
       window: without a mask: how many of them.
-      tokens_are_keys: whether they are, so that no token sees a later key; True without a mask.
+      causal: whether tokens are keys; none of those after a token is then in its mask. True
+        without one.
     """
 
     turn: tuple[Array, Array] | None
     mask: Array | None
     window: int | None
-    tokens_are_keys: bool
+    causal: bool
 
 
 class Places(NamedTuple):

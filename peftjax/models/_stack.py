@@ -17,6 +17,7 @@ def stack(
     shared: int,
     name: str,
     static: tuple[int, ...] = (),
+    policy: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple[Any, None]]:
     """The blocks as one module.
 
@@ -29,12 +30,13 @@ def stack(
       shared: number of arguments that all blocks share.
       name: of the module.
       static: which of the shared arguments are Python values.
+      policy: what a gradient keeps where `compute.save` is not None; by default what that names.
 
     Returns:
       A module called as a block is; `layer` is then a tree of arrays with a leading layer axis.
     """
     if compute.save is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*compute.save)
+        policy = policy or jax.checkpoint_policies.save_only_these_names(*compute.save)
         # The scan is a barrier of its own; without one, merging of equal subexpressions
         # would undo the recomputation.
         block = nn.remat(
