@@ -27,6 +27,7 @@ from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes
 from peftjax.models._load_decoder import LoadedDecoder as LoadedDecoder
 from peftjax.models._load_decoder import decoder_config as decoder_config
+from peftjax.models._load_decoder import is_quantized as is_quantized
 from peftjax.models._load_decoder import load_decoder as load_decoder
 from peftjax.models._placement import batch_sharding as batch_sharding
 from peftjax.models._placement import decoder_sharding as decoder_sharding

@@ -149,25 +149,24 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape.shape, where, arrays)
 
 
-def part(plan: Plan, path: str, shape: jax.ShapeDtypeStruct, at: tuple[int, ...]) -> np.ndarray:
-    """A part of a parameter, of which alone is read.
+def part(plan: Plan, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """A rectangle of a parameter, of which alone is read.
 
     Args:
       plan: from `match`.
       path: of the parameter.
-      shape: of the whole of it.
-      at: index along its leading axes.
+      index: of step one, for each axis.
+      dtype: that it is cast to.
 
     Returns:
-      The part, without those axes.
+      The rectangle.
     """
-    index = (*(slice(i, i + 1) for i in at), *(slice(0, size) for size in shape.shape[len(at) :]))
-    return _read(plan, plan.sources[path], index, shape.dtype).reshape(shape.shape[len(at) :])
+    return _read(plan, plan.sources[path], index, dtype)
 
 
 def _read(plan: Plan, origin: Source, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
     """A rectangle of a parameter, tensor by tensor."""
-    value = _aligned(tuple(i.stop - i.start for i in index), np.dtype(dtype))
+    value = aligned(tuple(i.stop - i.start for i in index), np.dtype(dtype))
     depth = len(origin.stack)
     names = np.array(origin.names, object).reshape(origin.stack)
     inner = index[depth:][::-1] if origin.transposed else index[depth:]
@@ -178,8 +177,16 @@ def _read(plan: Plan, origin: Source, index: tuple[slice, ...], dtype: Any) -> n
     return value
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts on a cache line: a CPU device takes it over without a copy."""
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts on a cache line: a CPU device takes it over without a copy.
+
+    Args:
+      shape: of the array.
+      dtype: of the array.
+
+    Returns:
+      The array, with whatever stood there.
+    """
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -1,10 +1,16 @@
 """From a Hugging Face folder to a decoder and its parameters."""
 
+import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from peftjax import _paths
+from peftjax._quantized import Scheme
+from peftjax._types import Target
 from peftjax.models import _quantized_folder
 from peftjax.models._checkpoint import Checkpoint, read_json
 from peftjax.models._compute import AttentionForm, Compute
@@ -12,9 +18,11 @@ from peftjax.models._decoder import Decoder
 from peftjax.models._decoder_block import KEPT
 from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._families import read_decoder_config
-from peftjax.models._fill import ShardingOf, by_path, fill, match
+from peftjax.models._fill import ShardingOf, by_path, fill, insert, match
 from peftjax.models._hub import model_folder
+from peftjax.models._linears import linears
 from peftjax.models._names import Naming
+from peftjax.models._rounding import rounded
 
 Remat = Literal['none', 'full', 'names']
 _SAVE: dict[Remat, tuple[str, ...] | None] = {'none': None, 'full': (), 'names': KEPT}
@@ -42,13 +50,19 @@ def load_decoder(
     remat: Remat = 'names',
     attention: AttentionForm = 'fused',
     sharding: ShardingOf | None = None,
+    scheme: Scheme | None = None,
+    target: Target | None = None,
 ) -> LoadedDecoder:
     """Loads a decoder language model from a Hugging Face folder or hub name.
 
     Tensors are read one at a time, cast, and written into the parameter they belong to; where a
     parameter is sharded, each device's part alone is read. No more is held than the model and one
-    tensor. A folder that `quantize_decoder` wrote gives quantized leaves, never dense ones: for
-    `Peft.wrap`, or `pj.quantized_apply(model.apply_fn)`.
+    tensor.
+
+    With a `scheme` chosen parameters are rounded while they are read, a part of a layer at a time:
+    `pj.quantize` of the loaded parameters gives the same, but holds all of them dense before. A
+    folder that `quantize_decoder` wrote holds quantized leaves already. Both are for `Peft.wrap`,
+    or `pj.quantized_apply(model.apply_fn)`.
 
     Args:
       path_or_hub_name: a folder with config.json and safetensors, or `owner/name` on the hub.
@@ -60,6 +74,9 @@ def load_decoder(
         `gate`, `up`).
       attention: as in `Compute`.
       sharding: from a parameter's path to where it lives; None is the default device.
+      scheme: such as `pj.NF4`; None leaves the parameters as they are stored.
+      target: with a scheme, regex, or several, searched in the paths of parameters; None is all
+        linear layers (`linears`), and neither embedding nor head.
 
     Returns:
       Model, parameters, configuration.
@@ -68,8 +85,9 @@ def load_decoder(
       FileNotFoundError: no such folder, or files missing from it.
       ConnectionError: the hub does not give the model.
       ValueError: an unsupported config, a damaged file, tensors left over, parameters not filled,
-        or shapes that differ; by name. `CheckpointError`, where files of a quantized folder are
-        damaged.
+        or shapes that differ; by name. A scheme for a folder that is quantized, a target without
+        a scheme, or a pattern that finds nothing. `CheckpointError`, where files of a quantized
+        folder are damaged.
 
     Example:
       >>> llama = load_decoder('owner/model', dtype=jnp.bfloat16)  # doctest: +SKIP
@@ -86,10 +104,57 @@ def load_decoder(
     config = read_decoder_config(read_json(folder / 'config.json'))
     model = Decoder(config, compute)
     shapes = decoder_shapes(model)
-    if (folder / _quantized_folder.ABOUT).is_file():
+    chosen = _chosen(folder, config, shapes, scheme, target)
+    if is_quantized(folder):
         return LoadedDecoder(model, _quantized_folder.read(folder, shapes, sharding), config)
     plan = match(shapes, Checkpoint(folder), decoder_naming(config))
-    return LoadedDecoder(model, fill(shapes, plan, sharding), config)
+    dense = {path: shape for path, shape in shapes.items() if path not in chosen}
+    params = fill(dense, plan, sharding)
+    for path, how in chosen.items():
+        leaf = rounded(plan, path, shapes[path], how)
+        insert(params, path, _quantized_folder.put(leaf, sharding(path) if sharding else None))
+    return LoadedDecoder(model, params, config)
+
+
+def is_quantized(path_or_hub_name: str | os.PathLike[str]) -> bool:
+    """Tells a folder that `quantize_decoder` wrote from one of Hugging Face.
+
+    Args:
+      path_or_hub_name: as of `load_decoder`.
+
+    Returns:
+      Whether its parameters are quantized.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      ConnectionError: the hub does not give the model.
+
+    Example:
+      >>> is_quantized('.')
+      False
+    """
+    return (model_folder(path_or_hub_name) / _quantized_folder.ABOUT).is_file()
+
+
+def _chosen(
+    folder: pathlib.Path,
+    config: DecoderConfig,
+    shapes: Mapping[str, Any],
+    scheme: Scheme | None,
+    target: Target | None,
+) -> dict[str, Scheme]:
+    """How the parameters are rounded that are to be."""
+    if scheme is None and target is not None:
+        raise ValueError(f'a target needs a scheme, such as pj.NF4; got target={target!r} alone.')
+    if scheme is None:
+        return {}
+    if is_quantized(folder):
+        raise ValueError(
+            f'{folder} is quantized already. Load it without a scheme, or quantize the model that '
+            'it was made of.'
+        )
+    return dict.fromkeys(_paths.selected(linears(config) if target is None else target, shapes),
+                         scheme)  # fmt: skip
 
 
 def decoder_config(path_or_hub_name: str) -> DecoderConfig:

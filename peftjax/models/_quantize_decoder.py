@@ -1,6 +1,5 @@
 """From a Hugging Face folder to one with quantized weights, a layer at a time."""
 
-import itertools
 import math
 import os
 import pathlib
@@ -23,6 +22,7 @@ from peftjax.models._fill import Plan, match, part
 from peftjax.models._hub import model_folder
 from peftjax.models._linears import linears
 from peftjax.models._load_decoder import decoder_naming, decoder_shapes
+from peftjax.models._rounding import rounded
 from peftjax.models._tokenizer import copy_tokenizer
 
 
@@ -110,31 +110,24 @@ def _leaf(
 ) -> Any:
     """A parameter as it is stored; of a quantized one the error is noted."""
     if scheme is None:
-        return part(plan, path, shape, ())
-    stack = plan.sources[path].stack
-    made = [_rounded(scheme, part(plan, path, shape, at), path)
-            for at in itertools.product(*map(range, stack))]  # fmt: skip
-    off, norm = np.sum([sums for _, sums in made], axis=0)
+        return part(plan, path, tuple(slice(0, size) for size in shape.shape), shape.dtype)
+    sums = np.zeros(2)
+
+    def add(w: np.ndarray, leaf: Quantized) -> None:
+        sums[:] += np.asarray(_squares(w, leaf), np.float64)
+
+    made = rounded(plan, path, shape, scheme, add)
+    off, norm = sums
     errors[path] = float(np.sqrt(off / norm)) if norm else 0.0
-    return jax.tree.map(lambda *parts: _stacked(parts, stack), *(leaf for leaf, _ in made))
-
-
-def _rounded(scheme: Scheme, w: np.ndarray, path: str) -> tuple[Quantized, np.ndarray]:
-    """One layer's weight in host memory, and the sums of squares of its error and of itself."""
-    leaf = scheme.quantize(w, path)
-    sums = np.asarray(_squares(w, leaf), np.float64)
-    return jax.tree.map(np.asarray, leaf), sums
+    return made
 
 
 @jax.jit
 def _squares(w: jax.Array, leaf: Quantized) -> jax.Array:
+    """The sums of squares of the error of a part and of itself."""
     exact = w.astype(jnp.float32)
     off = leaf.dequantize().astype(jnp.float32) - exact
     return jnp.stack([jnp.square(off).sum(), jnp.square(exact).sum()])
-
-
-def _stacked(parts: tuple[np.ndarray, ...], stack: tuple[int, ...]) -> np.ndarray:
-    return np.stack(parts).reshape(*stack, *parts[0].shape)
 
 
 def _nbytes(leaf: Any) -> int:

@@ -79,7 +79,7 @@ def read(
     params: dict[str, Any] = {}
     for path, (home, at) in homes.items():
         leaf = _leaf(stored, home, at, about[home]['scheme'], shapes[path])
-        insert(params, path, _put(leaf, sharding(path) if sharding else None))
+        insert(params, path, put(leaf, sharding(path) if sharding else None, may_alias=False))
     return params
 
 
@@ -145,8 +145,17 @@ def _leaf(
     return Quantized(**held, scheme=Scheme(**scheme), width=width, dtype=dtype)
 
 
-def _put(leaf: Any, where: jax.sharding.Sharding | None) -> Any:
-    """A leaf on its devices, copied: the file may go."""
+def put(leaf: Any, where: jax.sharding.Sharding | None, *, may_alias: bool = True) -> Any:
+    """Brings a leaf to its devices.
+
+    Args:
+      leaf: quantized or not, in host memory.
+      where: it is to live; None is the default device.
+      may_alias: whether a CPU may take the memory over; it must not where that is a file's.
+
+    Returns:
+      The leaf there.
+    """
     if isinstance(leaf, Quantized) and isinstance(where, jax.sharding.NamedSharding):
-        return jax.device_put(leaf, leaf.shardings(where), may_alias=False)
-    return jax.device_put(leaf, where, may_alias=False)
+        return jax.device_put(leaf, leaf.shardings(where), may_alias=may_alias)
+    return jax.device_put(leaf, where, may_alias=may_alias)

@@ -108,15 +108,13 @@ def load(
       FileNotFoundError: no such folder, or files missing from it.
       ValueError: a model or tokenizer that cannot be read.
     """
-    loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat)
-    params: Any = loaded.params
-    if quantize is not None:
-        params = pj.quantize(params, SCHEMES[quantize], target=models.linears(loaded.config))
+    scheme = None if quantize is None else SCHEMES[quantize]
+    loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat, scheme=scheme)
     tokenizer = load_tokenizer(models.model_folder(model))
     stop = stop_tokens(models.model_folder(model), tokenizer)
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else stop[0] if stop else 0
-    return Task(model, loaded.model, params, tokenizer, stop, pad)
+    return Task(model, loaded.model, loaded.params, tokenizer, stop, pad)
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:

@@ -1,0 +1,81 @@
+"""Weights rounded while they are read: equal to those rounded as a whole, which are never held."""
+
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_decoder_load import FIELDS, MIXTRAL, write
+
+import peftjax as pj
+from peftjax.models import _rounding, is_quantized, linears, load_decoder, quantize_decoder
+
+GPT2 = {
+    'model_type': 'gpt2', 'vocab_size': 40, 'n_embd': 16, 'n_layer': 2, 'n_head': 4,
+    'n_positions': 32,
+}  # fmt: skip
+
+
+def check_equal(found, wanted):
+    """The same leaves, quantized in the same way."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'how', 'scheme', 'target'),
+    [
+        (FIELDS, {}, pj.NF4, ('embed', 'down_proj/kernel', 'norm/scale')),
+        (MIXTRAL, {}, pj.INT8, None),
+        (GPT2, {'scan_layers': False, 'dtype': jnp.bfloat16}, pj.NF4, None),
+    ],
+    ids=['llama', 'mixtral', 'gpt2'],
+)
+def test_what_is_rounded_on_the_way_is_what_is_rounded_afterwards(
+    tmp_path, monkeypatch, fields, how, scheme, target
+):
+    monkeypatch.setattr(_rounding, 'PART', 15 * 16)  # some rows of a layer at a time
+    folder = write(tmp_path / 'model', fields)
+    dense = load_decoder(folder, **how)
+    found = load_decoder(folder, **how, scheme=scheme, target=target).params
+    check_equal(found, pj.quantize(dense.params, scheme, target=target or linears(dense.config)))
+
+
+def test_what_is_rounded_lies_as_it_is_told(tmp_path):
+    folder = write(tmp_path / 'model', FIELDS)
+    mesh = jax.make_mesh((2,), ('x',), devices=jax.devices()[:2])
+    where = NamedSharding(mesh, P(None, 'x'))
+    along = lambda path: where if path.endswith('q_proj/kernel') else NamedSharding(mesh, P())
+    here = load_decoder(folder, scheme=pj.NF4).params
+    there = load_decoder(folder, scheme=pj.NF4, sharding=along).params
+    check_equal(there, here)
+    codes = there['model']['layers']['self_attn']['q_proj']['kernel'].codes
+    assert codes.sharding.shard_shape(codes.shape) == (3, 8, 8)
+
+
+def test_no_more_is_held_than_the_quantized_model_and_one_part(tmp_path):
+    fields = FIELDS | {'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 8}
+    folder = write(tmp_path / 'model', fields)
+    load_decoder(folder, scheme=pj.NF4)  # imports, and what is traced once
+    tracemalloc.start()
+    params = load_decoder(folder, scheme=pj.NF4).params
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    dense = sum(leaf.nbytes for leaf in jax.tree.leaves(pj.dequantize(params)))
+    assert peak < held + dense / 8, (held, peak, dense)
+
+
+def test_what_cannot_be_rounded_is_said(tmp_path):
+    folder = write(tmp_path / 'model', FIELDS)
+    with pytest.raises(ValueError, match='a target needs a scheme'):
+        load_decoder(folder, target='kernel')
+    with pytest.raises(ValueError, match="no leaf matches target='wte'"):
+        load_decoder(folder, scheme=pj.NF4, target='wte')
+    quantize_decoder(folder, tmp_path / 'small', pj.NF4)
+    assert is_quantized(tmp_path / 'small') and not is_quantized(folder)
+    with pytest.raises(ValueError, match='small is quantized already. Load it without a scheme'):
+        load_decoder(tmp_path / 'small', scheme=pj.NF4)
