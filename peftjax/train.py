@@ -5,12 +5,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
+from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
+from peftjax.losses import Loss
 
-LossFn = Callable[[PyTree, Phi, Any, Array], Array]
-"""`loss_fn(params, phi, batch, key) -> scalar`."""
+LossFn = Callable[[PyTree, Phi, Any, Array], Array | Loss]
+"""`loss_fn(params, phi, batch, key)` to a scalar, or to a `Loss` whose mean is minimized."""
 
 
 class TrainState(NamedTuple):
@@ -19,14 +23,16 @@ class TrainState(NamedTuple):
     Attributes:
       phi: the trained parameters.
       opt_state: of the optimizer, over phi only.
-      step: int32, the number of updates made.
+      step: int32, the number of batches seen.
       key: PRNG key; each step draws from `fold_in(key, step)`.
+      skipped: int32, how many of the steps made no update because it was not finite.
     """
 
     phi: Phi
     opt_state: optax.OptState
     step: Array
     key: Array
+    skipped: Array
 
 
 Step = Callable[[PyTree, TrainState, Any], tuple[TrainState, Array]]
@@ -44,18 +50,31 @@ def start(tx: optax.GradientTransformation, phi: Phi, key: Array) -> TrainState:
     Returns:
       The state.
     """
-    return TrainState(phi, tx.init(phi), jax.numpy.zeros((), jax.numpy.int32), key)
+    none = jnp.zeros((), jnp.int32)
+    return TrainState(phi, tx.init(phi), none, key, none.copy())
 
 
-def train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Step:
+def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
     """Makes one jitted update of phi; theta is an argument and gets no gradient.
 
+    A step whose loss, or the norm of whose gradient, is not finite makes no update: phi and the
+    optimizer's state stay as they were, bit for bit, and `state.skipped` counts it.
+
     Args:
-      loss_fn: `loss_fn(params, phi, batch, key) -> scalar`.
+      loss_fn: `loss_fn(params, phi, batch, key)` to a scalar, or to a `Loss`, whose mean is
+        minimized.
       tx: the optimizer.
+      accumulate: how many parts a batch has: its leaves are `(accumulate, ...)`. Their gradients
+        are summed one part after the other, so that activations of one part alone are held. The
+        mean is that of the whole batch: by the counts of a `Loss`; scalars count alike. Each part
+        draws from a key of its own.
 
     Returns:
       `step(params, state, batch) -> (state, loss)`. The state is donated: use the new one.
+
+    Raises:
+      ValueError: `accumulate` is not positive, or (from the step) a leaf of a batch has not so
+        many parts.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -74,12 +93,78 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Step:
       True
     """
 
+    if accumulate < 1:
+        raise ValueError(f'accumulate must be at least 1: received {accumulate}')
+    gradient = _gradient(loss_fn)
+    if accumulate > 1:
+        gradient = _accumulated(gradient, accumulate)
+
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params: PyTree, state: TrainState, batch: Any) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(state.key, state.step)
-        loss, grads = jax.value_and_grad(loss_fn, argnums=1)(params, state.phi, batch, key)
+        found, grads = gradient(params, state.phi, batch, key)
+        loss, grads = found.mean, jax.tree.map(functools.partial(_mean, found), grads, state.phi)
+        good = jnp.isfinite(loss) & jnp.isfinite(_square(grads))
         updates, opt_state = tx.update(grads, state.opt_state, state.phi)
         phi: Any = optax.apply_updates(state.phi, updates)  # optax has a narrower type for trees
-        return TrainState(phi, opt_state, state.step + 1, state.key), loss
+        # a choice, not a branch: a GPU would wait for the host to learn which way to go
+        keep = lambda old, new: jnp.where(good, new, old)
+        phi, opt_state = jax.tree.map(keep, (state.phi, state.opt_state), (phi, opt_state))
+        skipped = state.skipped + (~good).astype(jnp.int32)
+        return TrainState(phi, opt_state, state.step + 1, state.key, skipped), loss
 
     return step
+
+
+Gradient = Callable[[PyTree, Phi, Any, Array], tuple[Loss, Phi]]
+"""`gradient(params, phi, batch, key)` to a total with its count, and the gradient of the total."""
+
+
+def _gradient(loss_fn: LossFn) -> Gradient:
+    def summed(phi: Phi, params: PyTree, batch: Any, key: Array) -> tuple[Array, Array]:
+        loss = loss_fn(params, phi, batch, key)
+        return loss if isinstance(loss, Loss) else (loss, jnp.ones((), wide(loss.dtype)))
+
+    both = jax.value_and_grad(summed, has_aux=True)
+
+    def gradient(params: PyTree, phi: Phi, batch: Any, key: Array) -> tuple[Loss, Phi]:
+        (total, count), grads = both(phi, params, batch, key)
+        return Loss(total, count), grads
+
+    return gradient
+
+
+def _accumulated(gradient: Gradient, parts: int) -> Gradient:
+    """The sum over the parts of a batch, in float32 or wider."""
+
+    def summed(params: PyTree, phi: Phi, batch: Any, key: Array) -> tuple[Loss, Phi]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            if jnp.shape(leaf)[:1] != (parts,):
+                raise ValueError(
+                    f'leaves of a batch of {parts} parts must be ({parts}, ...): received '
+                    f'{jnp.shape(leaf)} at batch{jax.tree_util.keystr(path)}'
+                )
+
+        def body(sums: Any, own: Any) -> tuple[Any, None]:
+            index, part = own
+            found = gradient(params, phi, part, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, found), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(gradient, params, phi, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), shapes)
+        return lax.scan(body, zeros, (jnp.arange(parts), batch))[0]
+
+    return summed
+
+
+def _mean(found: Loss, total: Array, like: Array) -> Array:
+    """The gradient of the mean from that of the total."""
+    mean = Loss(total.astype(wide(total.dtype)), found.count.astype(wide(total.dtype))).mean
+    return mean.astype(like.dtype)
+
+
+def _square(tree: Any) -> Array:
+    """The sum of all squares, whose overflow is that of an optimizer's second moments."""
+    squares = [lax.square(jnp.abs(x.astype(wide(x.dtype)))).sum() for x in jax.tree.leaves(tree)]
+    return jnp.stack([square.astype(jnp.float32) for square in squares]).sum()

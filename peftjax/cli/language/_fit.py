@@ -96,7 +96,7 @@ class Fitter:
             optax.clip_by_global_norm(settings.clip),
             optax.adamw(rates, weight_decay=settings.weight_decay),
         )
-        self._step = Programs(pj.train_step(lambda *args: loss(*args).mean, self._tx))
+        self._step = Programs(pj.train_step(loss, self._tx))
         self._loss = Programs(jax.jit(lambda params, phi, batch: loss(params, phi, batch)))
 
     def fit(self, split: Any, seed: int, evaluations: int, watch: Watch) -> Fitted:

@@ -1,0 +1,175 @@
+"""The step: parts of a batch, updates that are not finite, and what is left alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from zoo import normal
+
+import peftjax as pj
+from peftjax.losses import Loss
+
+PARAMS = {'kernel': normal(0, 6, 4)}
+X, WEIGHTS = normal(1, 12, 6), jnp.arange(12.0) % 5
+METHOD = pj.Lora(rank=2, target='kernel')
+
+
+def model(params, x):
+    return jnp.tanh(x @ params['kernel'])
+
+
+def setup(tx, method=METHOD, dtype=None):
+    params = PARAMS if dtype is None else jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    peft = pj.attach(method, model, params, X.astype(params['kernel'].dtype))
+    phi = jax.tree.map(lambda x: x + 0.1, peft.init(jax.random.key(0), params))
+    return params, peft.wrap(model), pj.start(tx, phi, jax.random.key(1))
+
+
+def weighted(forward):
+    def loss(params, phi, batch, key):
+        del key
+        x, weights = batch
+        return Loss((((forward(params, phi, x) - 1) ** 2).sum(-1) * weights).sum(), weights.sum())
+
+    return loss
+
+
+def close(a, b, tolerance=1e-6):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b
+    )
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def cut(batch, parts):
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+@pytest.mark.parametrize('parts', [2, 3, 12])
+def test_accumulated_parts_are_the_large_batch(parts):
+    """Also where the parts count differently, and one of them nothing."""
+    tx = optax.sgd(0.1, momentum=0.9)
+    weights = WEIGHTS.at[:2].set(0)
+    params, forward, state = setup(tx)
+    whole, pieces = state, jax.tree.map(jnp.copy, state)
+    once = pj.train_step(weighted(forward), tx)
+    accumulated = pj.train_step(weighted(forward), tx, accumulate=parts)
+    for _ in range(3):
+        whole, loss = once(params, whole, (X, weights))
+        pieces, same = accumulated(params, pieces, cut((X, weights), parts))
+        close(loss, same)
+    close(whole.phi, pieces.phi)
+    assert int(pieces.step) == 3 and int(pieces.skipped) == 0
+
+
+def test_scalars_count_alike():
+    tx = optax.sgd(0.1)
+    params, forward, state = setup(tx)
+    loss = lambda params, phi, x, key: (forward(params, phi, x) ** 2).mean()
+    other = jax.tree.map(jnp.copy, state)
+    whole, a = pj.train_step(loss, tx)(params, state, X)
+    pieces, b = pj.train_step(loss, tx, accumulate=4)(params, other, X.reshape(4, 3, 6))
+    close((a, whole.phi), (b, pieces.phi))
+
+
+def test_parts_are_summed_in_float32():
+    """A sum of sixteen bfloat16 gradients would be off by more than one of them is."""
+    tx = optax.sgd(1.0)
+    params, forward, state = setup(tx, dtype=jnp.bfloat16)
+    state = state._replace(phi=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.phi))
+    x = jnp.tile(X[:1].astype(jnp.bfloat16), (16, 1, 1))
+    loss = lambda params, phi, x, key: (forward(params, phi, x).astype(jnp.float32) ** 2).sum()
+    one = jax.grad(lambda phi: loss(params, phi, x[0], None))(state.phi)
+    step = lambda x, g: x.astype(jnp.float32) - g.astype(jnp.float32)
+    expected = bits(jax.tree.map(lambda x, g: step(x, g).astype(x.dtype), state.phi, one))
+    after, _ = pj.train_step(loss, tx, accumulate=16)(params, state, x)
+    assert bits(after.phi) == expected
+
+
+def test_each_part_draws_for_itself():
+    tx = optax.sgd(0.0)
+    params, _, state = setup(tx)
+
+    def loss(params, phi, x, key):
+        return Loss(jax.random.uniform(key) + 0 * phi['kernel']['a'].sum(), jnp.ones(()))
+
+    draws = []
+    for parts in (2, 3):
+        copy = jax.tree.map(jnp.copy, state)
+        _, mean = pj.train_step(loss, tx, accumulate=parts)(params, copy, jnp.zeros((parts, 1)))
+        draws.append(parts * float(mean))
+    first, second, third = (
+        float(jax.random.uniform(jax.random.fold_in(jax.random.fold_in(state.key, 0), i)))
+        for i in range(3)
+    )
+    close(np.array(draws), np.array([first + second, first + second + third]))
+    assert len({first, second, third}) == 3
+
+
+def test_activations_of_one_part_alone_are_held():
+    tx = optax.sgd(0.1)
+    params, forward, state = setup(tx)
+    x = jnp.ones((64, 64, 6))
+    loss = lambda params, phi, x, key: (forward(params, phi, x) ** 2).mean()
+
+    def temporaries(accumulate, x):
+        step = pj.train_step(loss, tx, accumulate=accumulate)
+        memory = step.lower(params, state, x).compile().memory_analysis()  # pyright: ignore
+        return memory.temp_size_in_bytes
+
+    assert temporaries(64, x) < 0.1 * temporaries(1, x.reshape(-1, 6))
+
+
+BAD = {
+    'a loss': lambda total, x: total + x.sum() * 0 + jnp.where(x.max() > 1e6, jnp.nan, 0),
+    'a gradient': lambda total, x: total + 0 * jnp.sqrt(jnp.where(x.max() > 1e6, total - total, 1)),
+    'a square': lambda total, x: total * jnp.where(x.max() > 1e6, 1e25, 1),
+}
+
+
+@pytest.mark.parametrize('accumulate', [1, 3])
+@pytest.mark.parametrize('bad', BAD)
+def test_an_update_that_is_not_finite_is_not_made(bad, accumulate):
+    tx = optax.sgd(0.1, momentum=0.9)
+    params, forward, state = setup(tx)
+    loss = lambda params, phi, x, key: BAD[bad]((forward(params, phi, jnp.tanh(x)) ** 2).mean(), x)
+    step = pj.train_step(loss, tx, accumulate=accumulate)
+    batch = X if accumulate == 1 else X.reshape(3, 4, 6)
+    state, _ = step(params, state, batch)
+    before = bits((state.phi, state.opt_state))
+    poisoned = batch.at[(0,) * batch.ndim].set(1e7)
+    state, _ = step(params, state, poisoned)
+    assert bits((state.phi, state.opt_state)) == before
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+    state, value = step(params, state, batch)
+    assert bits((state.phi, state.opt_state)) != before and np.isfinite(value)
+    assert (int(state.step), int(state.skipped)) == (3, 1)
+
+
+def test_wrong_calls_say_what_came():
+    tx = optax.sgd(0.1)
+    params, forward, state = setup(tx)
+    with pytest.raises(ValueError, match='accumulate must be at least 1: received 0'):
+        pj.train_step(weighted(forward), tx, accumulate=0)
+    step = pj.train_step(weighted(forward), tx, accumulate=3)
+    batch = {'x': X.reshape(3, 4, 6), 'weights': WEIGHTS}
+    with pytest.raises(ValueError, match=r"received \(12,\) at batch\['weights'\]"):
+        step(params, state, batch)
+
+
+def test_the_second_step_compiles_nothing_and_theta_is_as_it_was():
+    tx, traces = optax.sgd(0.1), []
+    params, forward, state = setup(tx)
+
+    def loss(params, phi, batch, key):
+        traces.append(None)
+        return weighted(forward)(params, phi, batch, key)
+
+    step, before = pj.train_step(loss, tx), bits(params)
+    for _ in range(3):
+        state, _ = step(params, state, (X, WEIGHTS))
+    assert len(traces) == 1 and bits(params) == before
