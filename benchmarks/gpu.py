@@ -216,7 +216,7 @@ def check(options):
         told = piece.told(options) | {'check': True}
         found = last_json(step_process(told, environment, None))
         counts = count(told['fields'], told['length'])
-        # on a CPU all pairs of tokens are computed, those that are masked too
+        # on a CPU some masked pairs of tokens are computed too
         flops = found['flops'] / found['tokens'] - 3 * counts.attention
         print(
             f'{piece.name:36} {flops / counts.minimum:.4f}  '

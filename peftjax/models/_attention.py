@@ -9,8 +9,13 @@ what differentiating the formula asks for.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+
+MIXED = 'mixed'
+"""The name of the result of `attention` as its gradient needs it; a program without a gradient has
+no such value."""
 
 _MASKED = -1e30  # Absorbs any score in float32, and a wholly masked row stays finite.
 
@@ -202,4 +207,10 @@ def _core_bwd(saved, d_out):
     return (*(d.astype(dtype) for d in (d_query, d_key, d_value)), None, None)
 
 
-_core.defvjp(_core_fwd, _core_bwd)
+def _core_kept(*args):
+    out, saved = _core_fwd(*args)
+    out = checkpoint_name(out, MIXED)
+    return out, (*saved[:-1], out)
+
+
+_core.defvjp(_core_kept, _core_bwd)

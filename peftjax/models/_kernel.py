@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peftjax.models._attention import MIXED
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_config import Attention
 from peftjax.models._sight import Sight
@@ -68,9 +69,9 @@ def kernel_attention(query: Array, key: Array, value: Array, sight: Sight, scale
 def keep(shape: Attention, compute: Compute) -> Callable[..., Any]:
     """What a gradient keeps of a block: the values that `compute.save` names.
 
-    The kernel's backward pass wants its result and the logarithms of its sums. Of these only the
-    first has a name, `context`; where it is asked for, both are kept instead, as the kernel made
-    them, so that attention is not computed again.
+    A backward pass of attention wants its result, which the block names `context` only when it has
+    another shape. Where that is asked for, the result is kept as attention made it instead, so that
+    it is not computed again; of cuDNN's kernel also the logarithms of its sums, which have no name.
 
     Args:
       shape: of the attention.
@@ -81,9 +82,12 @@ def keep(shape: Attention, compute: Compute) -> Callable[..., Any]:
     """
     names = compute.save or ()
     named = jax.checkpoint_policies.save_only_these_names
-    if 'context' not in names or not _fits(shape, compute, compute.dtype):
+    if 'context' not in names or compute.attention == 'plain' or shape.soft_cap is not None:
         return named(*names)
-    others = named(*(name for name in names if name != 'context'))
+    others = [name for name in names if name != 'context']
+    if not _fits(shape, compute, compute.dtype):
+        return named(*others, MIXED)
+    others = named(*others)
 
     def policy(primitive: Any, *values: Any, **params: Any) -> Any:
         return primitive.name.startswith(_FORWARD) or others(primitive, *values, **params)
