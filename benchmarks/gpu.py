@@ -217,8 +217,7 @@ def check(options):
         told = piece.told(options) | {'check': True}
         found = last_json(step_process(told, environment, None))
         counts = count(told['fields'], told['length'])
-        # on a CPU some masked pairs of tokens are computed too
-        flops = found['flops'] / found['tokens'] - 3 * counts.attention
+        flops = found['flops'] / found['tokens']  # some masked pairs of tokens among them
         print(
             f'{piece.name:36} {flops / counts.minimum:.4f}  '
             f'{gib(found["held"])} held + {gib(found["temporaries"])} in a step',
