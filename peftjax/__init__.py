@@ -44,6 +44,8 @@ from peftjax.methods import TrainableTokens as TrainableTokens
 from peftjax.optim import masked_optimizer as masked_optimizer
 from peftjax.planning import Plan as Plan
 from peftjax.planning import plan as plan
+from peftjax.resume import Checkpoints as Checkpoints
+from peftjax.resume import Restored as Restored
 from peftjax.train import TrainState as TrainState
 from peftjax.train import start as start
 from peftjax.train import train_step as train_step

@@ -31,7 +31,9 @@ def seal(folder: Path, writer: str) -> None:
         name: {'bytes': path.stat().st_size, 'sha256': _digest(path)}
         for name, path in _walk(folder).items()
     }
-    (folder / MANIFEST).write_text(_text(files, writer), encoding='utf-8')
+    part = folder / f'.{MANIFEST}.part'
+    part.write_text(_text(files, writer), encoding='utf-8')
+    part.replace(folder / MANIFEST)
 
 
 def verify(folder: Path, *, others: bool = False) -> None:

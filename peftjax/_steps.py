@@ -1,0 +1,96 @@
+"""Numbered steps in a folder: stored by Orbax, sealed by our manifest, the oldest removed.
+
+A step counts when it is sealed. Orbax's own mark says that all was written; whether it still is as
+it was written, only the manifest can tell.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftjax import _manifest
+from peftjax._manifest import CheckpointError
+
+
+class Steps:
+    """The steps in one folder.
+
+    Args:
+      folder: made if absent; steps that were never sealed are removed from it.
+      keep: how many of the newest stay.
+      writer: the program and version, for error messages.
+    """
+
+    def __init__(self, folder: Path, keep: int, writer: str):
+        import orbax.checkpoint as ocp
+
+        self._folder, self._keep, self._writer = folder, keep, writer
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if not (path / _manifest.MANIFEST).is_file():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._args = ocp.args
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False),
+            item_names=('arrays', 'about'),
+        )
+
+    def sealed(self) -> list[int]:
+        """The steps that count, oldest first."""
+        return sorted(
+            int(path.name)
+            for path in self._folder.iterdir()
+            if path.name.isdecimal() and (path / _manifest.MANIFEST).is_file()
+        )
+
+    def write(self, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Stores a step and seals it; a step that is there already is replaced.
+
+        Raises:
+          OSError: it could not be written; the others are as they were.
+        """
+        if (self._folder / str(step)).exists():
+            self._remove(step)
+        self._manager.save(
+            step,
+            args=self._args.Composite(
+                arrays=self._args.StandardSave(dict(arrays)), about=self._args.JsonSave(dict(about))
+            ),
+            force=True,
+        )
+        _manifest.seal(self._folder / str(step), self._writer)
+        for old in self.sealed()[: -self._keep]:
+            self._remove(old)
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What was said of a step, after its files were checked.
+
+        Raises:
+          CheckpointError: a file was changed, cut, deleted or added.
+        """
+        _manifest.verify(self._folder / str(step))
+        return self._restore(step, about=self._args.JsonRestore())['about']
+
+    def arrays(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays of a step whose files were checked, each with the sharding of its target."""
+        return self._restore(step, arrays=self._args.StandardRestore(dict(targets)))['arrays']
+
+    def _remove(self, step: int) -> None:
+        """Breaks the seal first: what is half removed must not count."""
+        (self._folder / str(step) / _manifest.MANIFEST).unlink(missing_ok=True)
+        self._manager.delete(step)
+
+    def _restore(self, step: int, **args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._args.Composite(**args))
+        except Exception as error:  # A file that passed the manifest and still is not Orbax's.
+            raise CheckpointError(
+                f'{str(self._folder / str(step))!r} must hold a step as Orbax stores it; reading '
+                f'it ended with {type(error).__name__}: {error}'
+            ) from error
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()

@@ -1,0 +1,260 @@
+"""Checkpoints of a run: a training that was cut off goes on as if it had not been.
+
+run.json        what the run is made of: the method and its sites, the base's fingerprint, settings
+lock            held by the process that writes
+steps/<n>/      the state after n batches, as Orbax stores it, and the sha256 of every file
+"""
+
+import concurrent.futures
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftjax import _manifest, _serialize, _state
+from peftjax._fingerprint import Fingerprint
+from peftjax._lock import Lock
+from peftjax._manifest import CheckpointError
+from peftjax._peft import Peft
+from peftjax._shapes import differences
+from peftjax._steps import Steps
+from peftjax._types import PyTree
+from peftjax._version import __version__
+from peftjax.train import TrainState
+
+FILE = 'run.json'
+STEPS = 'steps'
+_log = logging.getLogger('peftjax')
+
+
+class Restored(NamedTuple):
+    """Where a run stood.
+
+    Attributes:
+      state: bit for bit as it was saved.
+      data: as given to `save`, such as the state of an iterator.
+      step: the number of batches seen.
+    """
+
+    state: TrainState
+    data: Any
+    step: int
+
+
+class Checkpoints:
+    """The states of one run in a folder, written in the background, whole or not at all.
+
+    What a run is made of is written once: the method and its sites, a fingerprint of theta, and
+    settings of your own, such as seed and data. A folder of another run is refused, and what
+    differs is named. Theta itself is never written. A context manager; `close` waits for what is
+    being written.
+
+    Args:
+      directory: the folder of the run, made if absent.
+      peft: as from `attach`.
+      params: theta, for its fingerprint.
+      settings: whatever else must be the same when the run goes on, as JSON keeps it.
+      keep: how many of the newest steps stay on disk.
+      other_settings: names of settings that may differ from those of an earlier start.
+
+    Raises:
+      BlockingIOError: another process writes to the folder.
+      CheckpointError: run.json is damaged, or of another version.
+      ValueError: the folder is of another run, or `keep` is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax as pj, tempfile
+      >>> params, x = {'kernel': jnp.ones((3, 4))}, jnp.ones((2, 3))
+      >>> model = lambda params, x: x @ params['kernel']
+      >>> peft = pj.attach(pj.Lora(rank=2, target='kernel'), model, params, x)
+      >>> forward, tx = peft.wrap(model), optax.sgd(0.1)
+      >>> step = pj.train_step(lambda p, phi, x, key: (forward(p, phi, x) ** 2).mean(), tx)
+      >>> fresh = lambda: pj.start(tx, peft.init(jax.random.key(0), params), jax.random.key(1))
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     state = fresh()
+      ...     with pj.Checkpoints(directory, peft, params, settings={'seed': 0}) as checkpoints:
+      ...         for _ in range(3):
+      ...             state, _ = step(params, state, x)
+      ...         checkpoints.save(state, data={'batches': 3})
+      ...     with pj.Checkpoints(directory, peft, params, settings={'seed': 0}) as checkpoints:
+      ...         restored = checkpoints.restore(fresh())
+      >>> restored.step, restored.data
+      (3, {'batches': 3})
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        peft: Peft,
+        params: PyTree,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        keep: int = 2,
+        other_settings: tuple[str, ...] = (),
+    ):
+        if keep < 1:
+            raise ValueError(f'keep must be at least 1: received {keep}')
+        self._folder = Path(directory).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self._folder)
+        try:
+            _claim(self._folder / FILE, peft, params, settings or {}, other_settings)
+            self._steps = Steps(self._folder / STEPS, keep, f'peftjax {__version__}')
+        except BaseException:
+            self._lock.release()
+            raise
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> 'Checkpoints':
+        """Itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes."""
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The steps on disk that are whole, oldest first."""
+        self.wait()
+        return self._steps.sealed()
+
+    def save(self, state: TrainState, data: Any = None) -> None:
+        """Begins to write a state, once the one before is written; it may then be donated.
+
+        Args:
+          state: after any step.
+          data: whatever else is needed to go on, as JSON keeps it.
+
+        Raises:
+          OSError: the state before this one could not be written.
+          TypeError: the state or the data cannot be saved.
+        """
+        about = {'specs': _state.specs(state), 'data': json.loads(json.dumps(data))}
+        arrays, step = _state.held(state), int(state.step)
+        self.wait()
+        self._writing = self._thread.submit(self._write, step, arrays, about)
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on disk.
+
+        Raises:
+          OSError: it could not be written; earlier steps are as they were.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def restore(
+        self, like: TrainState, *, step: int | None = None, fall_back: bool = False
+    ) -> Restored | None:
+        """The newest state that was saved.
+
+        Args:
+          like: a state of the same shapes, as from `start`; arrays are read to where its own live.
+          step: one of `steps()` instead of the newest.
+          fall_back: where the newest is damaged, take the newest one that is not, and log it.
+
+        Returns:
+          The state, or None where nothing was saved yet.
+
+        Raises:
+          CheckpointError: a file is damaged, missing or unknown.
+          ValueError: the state that was saved has other shapes than `like`, or there is no such
+            step.
+        """
+        found = self.steps()
+        if step is not None and step not in found:
+            raise ValueError(f'there is no step {step} in {str(self._folder)!r}; there are {found}')
+        for one in [step] if step is not None else reversed(found):
+            try:
+                return self._read(one, like)
+            except CheckpointError as error:
+                if not fall_back:
+                    raise CheckpointError(
+                        f'{error}. Pass fall_back=True to take an earlier step'
+                    ) from error
+                _log.warning('step %d is damaged, an earlier one is taken: %s', one, error)
+        if found:
+            raise CheckpointError(f'none of the steps {found} in {str(self._folder)!r} is whole')
+        return None
+
+    def close(self) -> None:
+        """Waits for what is being written, and lets others write to the folder."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._steps.close()
+            self._lock.release()
+
+    def _write(self, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        try:
+            self._steps.write(step, arrays, about)
+        except Exception as error:  # TensorStore reports a failure of the disk as a ValueError.
+            size = sum(array.nbytes for array in arrays.values())
+            raise OSError(
+                getattr(error, 'errno', None),
+                f'step {step} could not be saved ({size:,} bytes) in {str(self._folder)!r}: '
+                f'{error}. Earlier steps are as they were. Free space, or choose another place',
+            ) from error
+
+    def _read(self, step: int, like: TrainState) -> Restored:
+        about = self._steps.about(step)
+        want = _state.specs(like)
+        if wrong := differences(want, about['specs']):
+            raise ValueError(
+                f'the state of step {step} in {str(self._folder)!r} must be like the one given: '
+                f'{wrong}. Make it with the same method and optimizer'
+            )
+        arrays = self._steps.arrays(step, _state.targets(like))
+        return Restored(_state.rebuilt(like, arrays), about['data'], step)
+
+
+def _claim(
+    path: Path, peft: Peft, params: PyTree, settings: Mapping[str, Any], other: tuple[str, ...]
+) -> None:
+    """Writes what the run is made of, after it was compared with what an earlier start wrote."""
+    own = {
+        'method': str(peft.method),
+        'peft': _serialize.encode(peft),
+        'fingerprint': _serialize.encode(Fingerprint.of(params)),
+        'settings': json.loads(json.dumps(dict(settings))),
+    }
+    if path.exists():
+        wrong = _differing(_manifest.parse(path), own, params, other)
+        if wrong:
+            raise ValueError(
+                f'{str(path.parent)!r} is the folder of another run: {"; ".join(wrong)}. Go on '
+                'with what the run was started with, or choose another folder'
+            )
+    body = {'format': _manifest.FORMAT, 'writer': f'peftjax {__version__}', **own}
+    part = path.with_name(f'.{path.name}.part')
+    part.write_text(json.dumps(body, indent=1) + '\n', encoding='utf-8')
+    part.replace(path)
+
+
+def _differing(
+    found: Mapping[str, Any], own: Mapping[str, Any], params: PyTree, other: tuple[str, ...]
+) -> list[str]:
+    """What differs, for people."""
+    changed = lambda name, a, b: f'{name} was {a!s:.300} and is {b!s:.300} now'
+    wrong = []
+    if found.get('method') != own['method']:
+        wrong.append(changed('the method', found.get('method'), own['method']))
+    elif found.get('peft') != own['peft']:
+        wrong.append('the sites that the method is attached to are others')
+    else:
+        seen = _serialize.decode(found['fingerprint'], {'Fingerprint': Fingerprint})
+        paths = seen.differing(params)
+        if paths:
+            wrong.append(f'theta holds other values at {len(paths)} paths, such as {paths[0]!r}')
+    before, now = found.get('settings', {}), own['settings']
+    wrong += [
+        changed(name, repr(before.get(name)), repr(now.get(name)))
+        for name in {**before, **now}
+        if name not in other and before.get(name) != now.get(name)
+    ]
+    return wrong

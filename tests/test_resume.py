@@ -1,0 +1,300 @@
+"""Checkpoints of a run: bit for bit, sealed, of one run and one writer."""
+
+import errno
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from zoo import normal
+
+import peftjax as pj
+from peftjax import _steps
+from peftjax.checkpoint import CheckpointError
+
+PARAMS = {'up': {'kernel': normal(0, 6, 4)}, 'down': {'kernel': normal(1, 4, 6)}}
+X = normal(2, 5, 6)
+TX = optax.sgd(optax.linear_schedule(0.1, 0.0, 8), momentum=0.9)
+
+
+def model(params, x):
+    return x + jnp.tanh(x @ params['up']['kernel']) @ params['down']['kernel']
+
+
+def attach(**fields):
+    return pj.attach(pj.Lora(**{'rank': 2, 'target': 'kernel', **fields}), model, PARAMS, X)
+
+
+PEFT = attach()
+FORWARD = PEFT.wrap(model)
+
+
+def fresh(peft=PEFT, dtype=jnp.float32):
+    phi = jax.tree.map(lambda x: x.astype(dtype), peft.init(jax.random.key(0), PARAMS))
+    return pj.start(TX, phi, jax.random.key(1))
+
+
+def loss(params, phi, x, key):
+    noisy = x + 0.1 * jax.random.normal(key, x.shape)
+    return (FORWARD(params, phi, noisy) ** 2).mean()
+
+
+STEP = pj.train_step(loss, TX)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion('standard'):  # of optax's schedules
+        yield
+
+
+def bits(tree):
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return [np.asarray(raw(leaf)).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def checkpoints(folder, peft=PEFT, params=PARAMS, **options):
+    return pj.Checkpoints(folder, peft, params, **{'settings': {'seed': 0}, **options})
+
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+    """A run with its states, and its losses."""
+    with jax.numpy_dtype_promotion('standard'):
+        folder, state = tmp_path_factory.mktemp('run'), fresh()
+        states, losses = [], []
+        with checkpoints(folder, keep=9) as saved:
+            for i in range(6):
+                saved.save(state, data={'seen': i})
+                states.append(bits(state))
+                state, value = STEP(PARAMS, state, X)
+                losses.append(float(value))
+        return folder, states, losses, bits(state)
+
+
+@pytest.fixture
+def folder(ran, tmp_path):
+    copied = tmp_path / 'run'
+    subprocess.run(['cp', '-r', ran[0], copied], check=True)
+    return copied
+
+
+def test_every_step_goes_on_as_the_unbroken_run(ran):
+    """A state is saved, then donated at once: what is on disk is what it was before."""
+    folder, states, losses, last = ran
+    with checkpoints(folder, keep=9) as saved:
+        assert saved.steps() == [0, 1, 2, 3, 4, 5]
+        for step in saved.steps():
+            restored = saved.restore(fresh(), step=step)
+            assert restored is not None and restored.data == {'seen': step}
+            assert bits(restored.state) == states[step]
+            state, rest = restored.state, []
+            for _ in range(6 - step):
+                state, value = STEP(PARAMS, state, X)
+                rest.append(float(value))
+            assert rest == losses[step:] and bits(state) == last
+
+
+def test_dtypes_keys_and_empty_arrays_come_back(tmp_path):
+    state = fresh(dtype=jnp.bfloat16)
+    state = state._replace(
+        opt_state=(state.opt_state, {'none': jnp.zeros((0, 3)), 'odd': jnp.array([jnp.inf, -0.0])}),
+        key=jax.random.key(7, impl='rbg'),
+    )
+    with checkpoints(tmp_path) as saved:
+        assert saved.restore(state) is None
+        saved.save(state)
+        restored = saved.restore(jax.tree.map(jnp.zeros_like, state))
+    assert restored is not None and restored.data is None
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    assert bits(restored.state) == bits(state)
+    kinds = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    assert kinds(restored.state) == kinds(state)
+
+
+def test_the_newest_stay(tmp_path):
+    state = fresh()
+    with checkpoints(tmp_path, keep=2) as saved:
+        for _ in range(5):
+            saved.save(state)
+            state, _ = STEP(PARAMS, state, X)
+        assert saved.steps() == [3, 4]
+        saved.save(state._replace(step=jnp.int32(4)))  # once more: replaced
+        assert saved.steps() == [3, 4]
+        restored = saved.restore(fresh())
+    assert restored is not None and bits(restored.state.phi) == bits(state.phi)
+
+
+def test_what_was_cut_off_does_not_count_and_goes(folder):
+    (folder / 'steps/5/manifest.json').unlink()  # killed between the last file and the seal
+    (folder / 'steps/6.orbax-checkpoint-tmp').mkdir()
+    (folder / 'steps/6.orbax-checkpoint-tmp/part').write_text('x')
+    with checkpoints(folder, keep=9) as saved:
+        assert saved.steps() == [0, 1, 2, 3, 4]
+        restored = saved.restore(fresh())
+    assert restored is not None and restored.step == 4
+    assert sorted(path.name for path in (folder / 'steps').iterdir()) == list('01234')
+
+
+def damage(path: pathlib.Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == 'deleted':
+        path.unlink()
+    elif how == 'cut':
+        path.write_bytes(content[:-1])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+@pytest.mark.parametrize('how', ['deleted', 'cut', 'flipped'])
+def test_damage_is_always_found(ran, tmp_path, how, caplog):
+    """Each file of the newest step, but for its seal, without which it does not count."""
+    newest = ran[0] / 'steps/5'
+    files = [path.relative_to(newest) for path in newest.rglob('*') if path.is_file()]
+    files = [file for file in files if how != 'deleted' or file.name != 'manifest.json']
+    assert len(files) > 8
+    for i, file in enumerate(files):
+        if not (newest / file).stat().st_size:
+            continue
+        copied = tmp_path / str(i)
+        subprocess.run(['cp', '-r', ran[0], copied], check=True)
+        damage(copied / 'steps/5' / file, how)
+        with checkpoints(copied, keep=9) as saved:
+            with pytest.raises(CheckpointError, match='fall_back') as error:
+                saved.restore(fresh())
+            assert str(copied / 'steps/5') in str(error.value)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, 'peftjax'):
+                restored = saved.restore(fresh(), fall_back=True)
+        assert restored is not None and bits(restored.state) == ran[1][4]
+        assert 'step 5 is damaged' in caplog.text
+
+
+def test_nothing_whole_is_an_error(folder):
+    for step in range(6):
+        damage(folder / f'steps/{step}/_CHECKPOINT_METADATA', 'cut')
+    with checkpoints(folder, keep=9) as saved:
+        with pytest.raises(CheckpointError, match=r'none of the steps \[0, 1, 2, 3, 4, 5\]'):
+            saved.restore(fresh(), fall_back=True)
+
+
+def test_another_run_is_refused_and_what_differs_is_named(folder):
+    other = {**PARAMS, 'down': {'kernel': PARAMS['down']['kernel'] + 1}}
+    cases = {
+        "seed was 0 and is 1 now; data was None and is 'b' now": {
+            'settings': {'seed': 1, 'data': 'b'}
+        },
+        'the method was Lora.*rank=2.* and is Lora.*rank=3.* now': {'peft': attach(rank=3)},
+        "theta holds other values at 1 paths, such as 'down/kernel'": {'params': other},
+    }
+    before = (folder / 'run.json').read_bytes()
+    for message, changes in cases.items():
+        with pytest.raises(ValueError, match=f'the folder of another run: {message}'):
+            checkpoints(folder, **changes)
+    assert (folder / 'run.json').read_bytes() == before
+    # said outright, a setting may be another; the lock of those refused is gone
+    with checkpoints(folder, settings={'seed': 1}, other_settings=('seed',), keep=9) as saved:
+        assert saved.steps() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_damaged_run_file_is_named(folder):
+    (folder / 'run.json').write_text('{"format"')
+    with pytest.raises(CheckpointError, match=r'run.json.* must hold JSON'):
+        checkpoints(folder)
+
+
+def test_a_state_of_other_shapes_is_refused(folder):
+    like = fresh()
+    wide = {
+        path: {n: jnp.zeros((*x.shape, 1)) for n, x in at.items()} for path, at in like.phi.items()
+    }
+    with checkpoints(folder, keep=9) as saved:
+        with pytest.raises(ValueError, match=r"state of step 5 .*'phi/.*/a' has .*, not "):
+            saved.restore(like._replace(phi=wide))
+        with pytest.raises(ValueError, match=r"'opt_state/.*' is unknown"):
+            saved.restore(like._replace(opt_state=()))
+        with pytest.raises(ValueError, match='there is no step 9'):
+            saved.restore(like, step=9)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with checkpoints(tmp_path):
+        with pytest.raises(BlockingIOError, match=rf'process {os.getpid()} of .* is writing'):
+            checkpoints(tmp_path)
+    checkpoints(tmp_path).close()
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
+    program = (
+        'import pathlib, sys, time\n'
+        'from peftjax._lock import Lock\n'
+        'lock = Lock(pathlib.Path(sys.argv[1]))\n'
+        'print("held", flush=True)\n'
+        'time.sleep(60)\n'
+    )
+    child = subprocess.Popen(
+        [sys.executable, '-c', program, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == 'held\n'
+        with pytest.raises(BlockingIOError, match=f'process {child.pid} of '):
+            checkpoints(tmp_path)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    checkpoints(tmp_path).close()
+
+
+def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    state = fresh()._replace(step=jnp.int32(6))
+    saved = checkpoints(folder, keep=9)
+    monkeypatch.setattr(_steps._manifest, 'seal', full)
+    saved.save(state)
+    with pytest.raises(OSError, match=r'step 6 could not be saved \(\d+ bytes\) in .*run') as error:
+        saved.close()
+    assert error.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    with checkpoints(folder, keep=9) as saved:
+        assert saved.steps() == [0, 1, 2, 3, 4, 5]
+        saved.save(state)
+        assert saved.steps()[-1] == 6
+    assert not [path for path in folder.rglob('*') if 'tmp' in path.name or 'part' in path.name]
+
+
+def test_saving_goes_on_beside_the_next_step(tmp_path, monkeypatch):
+    write, order = _steps.Steps.write, []
+
+    def slow(self, *args):
+        time.sleep(0.2)
+        write(self, *args)
+        order.append('written')
+
+    monkeypatch.setattr(_steps.Steps, 'write', slow)
+    with checkpoints(tmp_path) as saved:
+        saved.save(fresh())
+        order.append('back')
+        assert saved.steps() == [0]
+    assert order == ['back', 'written']
+
+
+def test_what_json_does_not_keep_is_refused_at_once(tmp_path):
+    with checkpoints(tmp_path) as saved:
+        with pytest.raises(TypeError, match='not JSON serializable'):
+            saved.save(fresh(), data={'x': jnp.ones(2)})
+        with pytest.raises(TypeError, match=r"made of arrays; 'opt_state' is 3"):
+            saved.save(fresh()._replace(opt_state=3))
+        assert saved.steps() == []
+    with pytest.raises(ValueError, match='keep must be at least 1'):
+        checkpoints(tmp_path, keep=0)
