@@ -214,9 +214,7 @@ def test_a_damaged_run_file_is_named(folder):
 
 def test_a_state_of_other_shapes_is_refused(folder):
     like = fresh()
-    wide = {
-        path: {n: jnp.zeros((*x.shape, 1)) for n, x in at.items()} for path, at in like.phi.items()
-    }
+    wide = jax.tree.map(lambda x: x[..., None], like.phi)
     with checkpoints(folder, keep=9) as saved:
         with pytest.raises(ValueError, match=r"state of step 5 .*'phi/.*/a' has .*, not "):
             saved.restore(like._replace(phi=wide))
