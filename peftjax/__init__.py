@@ -27,6 +27,11 @@ from peftjax.checkpoint import CheckpointError as CheckpointError
 from peftjax.checkpoint import Loaded as Loaded
 from peftjax.checkpoint import load as load
 from peftjax.checkpoint import save as save
+from peftjax.loop import Every as Every
+from peftjax.loop import NotFiniteError as NotFiniteError
+from peftjax.loop import Stop as Stop
+from peftjax.loop import Terminated as Terminated
+from peftjax.loop import fit as fit
 from peftjax.methods import HOULSBY as HOULSBY
 from peftjax.methods import PARALLEL as PARALLEL
 from peftjax.methods import PFEIFFER as PFEIFFER

@@ -137,6 +137,46 @@ class Checkpoints:
         self.wait()
         self._writing = self._thread.submit(self._write, step, arrays, about)
 
+    def resume(self, state: TrainState, batches: Any, *, fall_back: bool = False) -> TrainState:
+        """Goes on where the run stopped, or begins it.
+
+        Args:
+          state: a fresh one, as from `start`.
+          batches: a fresh iterator that says where it stands: by `state` and `restore`, or by
+            grain's `get_state` and `set_state`; it is put where the run stopped.
+          fall_back: as in `restore`.
+
+        Returns:
+          The newest state that was saved, or the fresh one.
+
+        Raises:
+          CheckpointError: as in `restore`.
+          ValueError: as in `restore`, or from the iterator: it is another than that of the run.
+          TypeError: the iterator does not say where it stands.
+        """
+        self.position(batches)
+        found = self.restore(state, fall_back=fall_back)
+        if found is None:
+            return state
+        (batches.restore if hasattr(batches, 'restore') else batches.set_state)(found.data)
+        return found.state
+
+    @staticmethod
+    def position(batches: Any) -> Any:
+        """Where an iterator stands, as JSON keeps it.
+
+        Raises:
+          TypeError: it does not say.
+        """
+        if hasattr(batches, 'state') and hasattr(batches, 'restore'):
+            return batches.state()
+        if hasattr(batches, 'get_state') and hasattr(batches, 'set_state'):
+            return batches.get_state()
+        raise TypeError(
+            'to go on exactly, batches must say where they stand: by state and restore, or by '
+            f"grain's get_state and set_state; got {type(batches).__name__}"
+        )
+
     def wait(self) -> None:
         """Waits until all that was saved is on disk.
 

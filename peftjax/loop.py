@@ -1,0 +1,232 @@
+"""A loop over a training step, with what a long run needs; users may write their own instead."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peftjax._types import PyTree
+from peftjax.resume import Checkpoints
+from peftjax.train import Step, TrainState
+
+Policy = Literal['skip', 'stop', 'restore']
+OnLoss = Callable[[int, float], Any]
+"""`on_loss(step, loss)`, called for every step in order, some steps late."""
+
+_log = logging.getLogger('peftjax')
+
+
+class Every(NamedTuple):
+    """Something that happens between steps.
+
+    Attributes:
+      steps: after how many steps, and again after as many.
+      do: `do(step, state)`; it must not keep the state, which is donated. It may raise `Stop`.
+    """
+
+    steps: int
+    do: Callable[[int, TrainState], Any]
+
+
+class Stop(Exception):
+    """Raised by what happens between steps: the training ends here, in good order."""
+
+
+class NotFiniteError(ValueError):
+    """Losses or gradients were not finite, and the policy ends the training for that."""
+
+
+class Terminated(SystemExit):
+    """The process was told to end, and did so after a step and a checkpoint; exit code 143."""
+
+
+def fit(
+    step: Step,
+    params: PyTree,
+    state: TrainState,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    on_loss: OnLoss | None = None,
+    events: Sequence[Every] = (),
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 100,
+    not_finite: Policy = 'skip',
+    patience: int = 10,
+    fetch_every: int = 10,
+) -> TrainState:
+    """Makes steps until there were so many.
+
+    Nothing is fetched from the device step by step: losses come in groups, one step behind.
+    A run with checkpoints goes on by `checkpoints.resume` before `fit`. On SIGTERM it ends after
+    the step that is running, with a checkpoint.
+
+    Args:
+      step: as from `train_step`.
+      params: theta.
+      state: to begin with; it is donated. Where it has seen batches already, as many fewer follow.
+      batches: an iterator, past those that were seen. With checkpoints it must say where it
+        stands: by `state` and `restore`, or by grain's `get_state` and `set_state`.
+      steps: how many batches the whole run sees.
+      on_loss: what is done with each loss.
+      events: what happens between steps, before a checkpoint of the same step.
+      checkpoints: where states are saved: every `save_every` steps, at the end, on SIGTERM.
+      save_every: steps between checkpoints.
+      not_finite: what follows on a step that made no update because its loss or gradient was not
+        finite. `'skip'` logs it and goes on; `'stop'` ends the training; `'restore'` goes on from
+        phi and optimizer of the newest checkpoint, with the next batch.
+      patience: how many such steps in a row, or restorations in all, end the training too.
+      fetch_every: steps between two fetches of losses.
+
+    Returns:
+      The last state.
+
+    Raises:
+      NotFiniteError: as said by `not_finite` and `patience`; the newest checkpoint is finite.
+      Terminated: on SIGTERM.
+      ValueError: there are too few batches, or a number is not positive.
+      TypeError: the batches do not say where they stand.
+
+    Example:
+      >>> import itertools, jax.numpy as jnp, optax, peftjax as pj
+      >>> params, x = {'kernel': jnp.ones((3, 4))}, jnp.ones((2, 3))
+      >>> model = lambda params, x: x @ params['kernel']
+      >>> forward, phi = pj.lora_wrap(
+      ...     model, params, x, key=jax.random.key(0), rank=2, target='kernel')
+      >>> tx, losses = optax.sgd(0.1), []
+      >>> step = pj.train_step(lambda p, phi, x, key: (forward(p, phi, x) ** 2).mean(), tx)
+      >>> state = pj.fit(
+      ...     step, params, pj.start(tx, phi, jax.random.key(1)), itertools.repeat(x), steps=20,
+      ...     on_loss=lambda step, loss: losses.append(loss))
+      >>> int(state.step), len(losses), losses[-1] < losses[0]
+      (20, 20, True)
+    """
+    for name, value in (
+        ('save_every', save_every), ('patience', patience), ('fetch_every', fetch_every),
+        *((f'events[{i}].steps', event.steps) for i, event in enumerate(events)),
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f'{name} must be at least 1: received {value}')
+    if checkpoints is not None:
+        checkpoints.position(batches)  # refused before the first step, not after it
+    watch = _Losses(on_loss, not_finite, patience, checkpoints, int(state.skipped))
+    with _terminations() as told:
+        for count in range(int(state.step) + 1, steps + 1):
+            state, loss = step(params, state, _next(batches, count, steps))
+            watch.add(count, loss, state)
+            last, ending = count == steps, bool(told)
+            due = [event for event in events if count % event.steps == 0]
+            save = last or ending or count % save_every == 0
+            if due or save:
+                state = watch.fetch(state, everything=True)
+            elif count % fetch_every == 0:
+                state = watch.fetch(state)
+            stopped = _stopped(due, count, state)
+            if checkpoints is not None and (save or stopped):
+                checkpoints.save(state, checkpoints.position(batches))
+            if last or ending or stopped:
+                break
+    if checkpoints is not None:
+        checkpoints.wait()
+    if told and int(state.step) < steps:
+        _log.warning('told to end: ended after step %d', int(state.step))
+        raise Terminated(128 + signal.SIGTERM)
+    return state
+
+
+def _next(batches: Iterator[Any], count: int, steps: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f'there must be a batch for each of {steps} steps; they ended before step {count}. '
+            'Repeat the data, or make fewer steps'
+        ) from None
+
+
+def _stopped(due: Sequence[Every], count: int, state: TrainState) -> bool:
+    """Lets happen what is due; whether one of them ends the training."""
+    stopped = False
+    for event in due:
+        try:
+            event.do(count, state)
+        except Stop:
+            stopped = True
+    return stopped
+
+
+@contextlib.contextmanager
+def _terminations() -> Iterator[list[int]]:
+    """A list that gets an entry when the process is told to end, instead of its end."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # Python delivers signals to the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Losses:
+    """Losses on their way from the device, and what follows on those that are not finite."""
+
+    def __init__(
+        self,
+        on_loss: OnLoss | None,
+        policy: Policy,
+        patience: int,
+        checkpoints: Checkpoints | None,
+        skipped: int,
+    ):
+        if policy not in ('skip', 'stop', 'restore'):
+            raise ValueError(f"not_finite must be 'skip', 'stop' or 'restore': got {policy!r}")
+        if policy == 'restore' and checkpoints is None:
+            raise ValueError("not_finite='restore' needs checkpoints to restore from")
+        self._on_loss, self._policy, self._patience = on_loss, policy, patience
+        self._checkpoints = checkpoints
+        self._waiting: list[tuple[int, jax.Array, jax.Array]] = []
+        self._skipped, self._row, self._restored = skipped, 0, 0
+
+    def add(self, step: int, loss: jax.Array, state: TrainState) -> None:
+        """Takes note of a step that was begun."""
+        self._waiting.append((step, loss, jnp.copy(state.skipped)))
+
+    def fetch(self, state: TrainState, everything: bool = False) -> TrainState:
+        """Hands losses on, all but the newest unless told; returns the state to go on from."""
+        cut = len(self._waiting) if everything else len(self._waiting) - 1
+        now, self._waiting = self._waiting[:cut], self._waiting[cut:]
+        bad = False
+        for step, loss, skipped in jax.device_get(now):
+            if self._on_loss is not None:
+                self._on_loss(int(step), float(loss))
+            self._row = self._row + 1 if skipped > self._skipped else 0
+            if self._row:
+                self._judge(int(step), float(loss))
+            bad, self._skipped = bad or self._row > 0, skipped
+        return self._again(state) if bad and self._policy == 'restore' else state
+
+    def _judge(self, step: int, loss: float) -> None:
+        _log.warning('step %d made no update: not finite (its loss: %s)', step, loss)
+        if self._policy == 'stop' or self._row >= self._patience:
+            raise NotFiniteError(
+                f'losses and gradients must be finite; those of step {step} are not (its loss is '
+                f'{loss}), {self._row} in a row. Look at the data, or lower the learning rate'
+            )
+
+    def _again(self, state: TrainState) -> TrainState:
+        """Phi and optimizer of the newest checkpoint, at the step where the run is."""
+        assert self._checkpoints is not None
+        found, self._restored = self._checkpoints.restore(state), self._restored + 1
+        if found is None or self._restored > self._patience:
+            tried = 'nothing was saved yet' if found is None else (
+                f'{self._patience} restorations did not help')  # fmt: skip
+            raise NotFiniteError(f'losses and gradients must be finite, and {tried}')
+        _log.warning('phi and optimizer are those of step %d again', found.step)
+        return state._replace(phi=found.state.phi, opt_state=found.state.opt_state)
