@@ -180,17 +180,19 @@ class Scheme:
             raise TypeError(f'only floating weights are quantized; {path!r} is {w.dtype}')
         if not math.prod(w.shape) or not w.shape:
             raise ValueError(f'a weight needs axes and numbers; {path!r} has shape {w.shape}')
-        shapes = jax.eval_shape(functools.partial(_encoded, self), w)
         if isinstance(w, jax.ShapeDtypeStruct):
-            return shapes
-        return self._compiled(w, shapes)(self, w)
+            return self._shapes(w)
+        return self._compiled(w)(self, w)
 
-    def _compiled(self, w: Any, shapes: Quantized) -> Callable[..., Quantized]:
+    def _shapes(self, w: Any) -> Quantized:
+        return jax.eval_shape(functools.partial(_encoded, self), w)
+
+    def _compiled(self, w: Any) -> Callable[..., Quantized]:
         """The rounding as one program, which keeps a sharded weight where it is."""
         where = None if isinstance(w, Tracer) else getattr(w, 'sharding', None)
         if not isinstance(where, NamedSharding):
             return _encoded_at_once
-        return jax.jit(_encoded, static_argnums=0, out_shardings=shapes.shardings(where))
+        return jax.jit(_encoded, static_argnums=0, out_shardings=self._shapes(w).shardings(where))
 
 
 def _encoded(scheme: Scheme, w: Array) -> Quantized:

@@ -27,7 +27,7 @@ def open_adapter(folder: str) -> checkpoint.Loaded:
     path = find(pathlib.Path(folder).expanduser())
     if path.is_dir() and not (path / checkpoint.ADAPTER).exists():
         raise ValueError(f'{folder} must be an adapter, which has an {checkpoint.ADAPTER}. '
-                         f'{_kind(path)}')  # fmt: skip
+                         f'{kind(path)}')  # fmt: skip
     loaded = checkpoint.load(path)
     if loaded.metadata.get('task') not in TASKS:
         raise ValueError(
@@ -63,10 +63,12 @@ def check_absent(path: str, overwrite: bool | None = None) -> None:
         raise FileExistsError(f'there is something at {path} already. Choose another --out{also}')
 
 
-def _kind(path: pathlib.Path) -> str:
-    """What a folder is instead."""
+def kind(path: pathlib.Path) -> str:
+    """What a folder is that is no adapter, as a sentence."""
     if (path / 'adapter_config.json').exists():
         return 'This one is of PEFT: peftjax import makes an adapter of it'
     if (path / 'config.json').exists():
         return 'This one is a model'
+    if (path / 'options.toml').exists():
+        return 'This one is of a run that did not come to its end'
     return 'This one is something else'

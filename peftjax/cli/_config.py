@@ -137,4 +137,6 @@ def _arguments(where: str, key: str, value: Any, action: argparse.Action) -> lis
     parts = value if isinstance(value, list) else [value]
     if any(isinstance(part, bool) or not isinstance(part, str | int | float) for part in parts):
         raise ValueError(f'{where} must be text, a number, or a list of them; got {value!r}')
+    if action.nargs == '+':
+        return [f'--{key}', *map(str, parts)]
     return [f'--{key}={",".join(map(str, parts))}']

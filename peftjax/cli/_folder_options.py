@@ -3,8 +3,9 @@
 import argparse
 from typing import Any
 
+from peftjax.cli import _method_options
 from peftjax.cli._numbers import count
-from peftjax.cli.language._options import DTYPES, QUANTIZED
+from peftjax.cli.language._options import DTYPES, EMBEDDINGS, QUANTIZED
 
 
 def plan(commands: Any) -> None:
@@ -15,8 +16,7 @@ def plan(commands: Any) -> None:
     sub.add_argument(
         '--method', default='lora', help='as of tune --method, which lists them (%(default)s)'
     )
-    sub.add_argument('--rank', type=count, help="of lora and dora (the method's own)")
-    sub.add_argument('--target', help="regex of paths to adapt (the method's own)")
+    _method_options.add(sub)
     sub.add_argument('--batch', type=count, default=8, help='rows of one step (%(default)s)')
     sub.add_argument('--length', type=count, default=2048, help='tokens of a row (%(default)s)')
     sub.add_argument(
@@ -30,6 +30,7 @@ def plan(commands: Any) -> None:
         '--dtype', choices=DTYPES, default='bfloat16', help='of the model (%(default)s)'
     )
     sub.add_argument('--quantize', choices=QUANTIZED, help='quantize all linear layers (none)')
+    sub.add_argument('--embeddings', action='store_true', help=EMBEDDINGS)
     sub.add_argument(
         '--optimizer',
         choices=('adamw', 'adafactor', 'lion', 'sgd'),
@@ -101,6 +102,7 @@ def quantize(commands: Any) -> None:
         '--scheme', choices=QUANTIZED, default='nf4', help='of 4, 4 or 8 bits (%(default)s)'
     )
     sub.add_argument('--target', help='regex of the paths to quantize (all linear layers)')
+    sub.add_argument('--embeddings', action='store_true', help=EMBEDDINGS)
 
 
 def _adapter(sub: argparse.ArgumentParser) -> None:

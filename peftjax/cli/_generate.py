@@ -101,17 +101,22 @@ def _model(options: argparse.Namespace, adapter: str | None) -> Model:
       ValueError: an adapter of something else, or trained on another base.
     """
     if adapter is None:
-        task = _task.load(options.model, options.dtype or 'float32', options.quantize)
+        task = _load(options)
         return Model(task, Alone(task.decoder), {}, 0)
     loaded, _ = load(options, adapter)
     try:
-        task = _task.load(options.model, options.dtype, options.quantize)
+        task = _load(options)
     except OSError as error:
         raise OSError(f'{error} {_saved.MOVED}') from error
     loaded.check(task.params, allow_other_base=options.any_base)
     rooms = [part.virtual for _, part in loaded.peft.method.parts if part.virtual is not None]
     forward = loaded.peft.wrap(task.decoder.apply_fn)
     return Model(task, forward, loaded.phi, sum(room.length for room in rooms))
+
+
+def _load(options: argparse.Namespace) -> _task.Task:
+    dtype = options.dtype or 'float32'
+    return _task.load(options.model, dtype, options.quantize, bool(options.embeddings))
 
 
 def _check_room(model: Model, longest: int, options: argparse.Namespace) -> None:

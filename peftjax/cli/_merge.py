@@ -10,7 +10,8 @@ import peftjax as pj
 from peftjax import _paths, models
 from peftjax.cli import _adapters, _saved
 from peftjax.cli._terminal import say
-from peftjax.cli.language._task import SCHEMES
+from peftjax.cli.language import _task
+from peftjax.cli.language._saved import rounding
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,15 +46,13 @@ def _base(
     loaded: pj.Loaded, folder: str, dtype: jnp.dtype, options: argparse.Namespace
 ) -> tuple[models.DecoderConfig, Any]:
     """The decoder that was adapted, with ordinary weights."""
-    settings = loaded.metadata.get('settings', {})
-    scheme = None if options.any_base else settings.get('quantize')
-    if scheme is None:
-        # Read in fewer bits than it is written in, or the reverse, a weight is rounded twice.
-        base = _adapters.load_base(folder, jnp.promote_types(_stored_dtype(folder), dtype))
-        params: Any = base.params
-    else:
-        base = _adapters.load_base(folder, settings.get('dtype'))
-        params = pj.quantize(base.params, SCHEMES[scheme], target=models.linears(base.config))
+    scheme, embeddings = (None, False) if options.any_base else rounding(loaded.metadata, folder)
+    # Read in fewer bits than it is written in, or the reverse, a weight is rounded twice.
+    read = jnp.promote_types(_stored_dtype(folder), dtype)
+    read = read if scheme is None else loaded.metadata['settings'].get('dtype', read)
+    how = _task.rounding(folder, scheme, embeddings)
+    base = models.load_decoder(folder, dtype=read, **how)
+    params: Any = base.params
     loaded.check(params, allow_other_base=options.any_base)
     quantized = any(isinstance(leaf, pj.Quantized) for leaf in _paths.leaves(params).values())
     if quantized and not options.dequantize:

@@ -1,6 +1,7 @@
 """Numbers as options."""
 
 import argparse
+import math
 
 
 def count(text: str) -> int:
@@ -14,16 +15,33 @@ def count(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> float:
+    """A number above 0; a whole one stays one.
+
+    Raises:
+      ArgumentTypeError: it is another text.
+    """
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'must be a number above 0; got {text!r}')
+    return int(text) if text.isdecimal() else value
+
+
 def part(text: str) -> float:
     """A part of a whole, from 0 to below 1.
 
     Raises:
       ArgumentTypeError: it is another text.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f'must be from 0 to below 1; got {text!r}')
     return value
+
+
+def _number(text: str) -> float:
+    """A number, or NaN."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from peftjax.cli import _config, _folder_options
+from peftjax.cli import _config, _folder_options, _method_options
 from peftjax.cli._numbers import count, part
 from peftjax.cli.language import _options as language
 
@@ -111,6 +111,7 @@ def _tune(commands: Any) -> None:
         default=None,
         help='write for TensorBoard too',
     )
+    _method_options.add(sub)
     _tune_encoder(sub)
     language.add_tune(sub, count)
 

@@ -1,7 +1,6 @@
 """`peftjax plan`: what tuning a decoder will take, from its config.json alone."""
 
 import argparse
-import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
@@ -14,8 +13,8 @@ import optax
 import peftjax as pj
 from peftjax import _paths, losses, models
 from peftjax.cli._terminal import say
-from peftjax.cli.language._recipes import chosen
-from peftjax.cli.language._task import SCHEMES
+from peftjax.cli.language import _recipes
+from peftjax.cli.language._task import SCHEMES, check_embeddings, quantized
 from peftjax.models._checkpoint import read_json
 from peftjax.models._load_decoder import saved_names
 
@@ -38,9 +37,10 @@ class Shapes(NamedTuple):
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    check_embeddings(options.quantize, options.embeddings)
     config = models.read_decoder_config(_fields(pathlib.Path(options.model).expanduser()))
     shapes = _shapes(config, options, _mesh(options.mesh))
-    method = _method(chosen(options.method).build(config), options)
+    method = _recipes.settle(options, config)
     peft = pj.attach(method, shapes.model.apply_fn, shapes.params, shapes.ids)
     say(str(peft) + '\n')
     found = pj.plan(
@@ -53,18 +53,6 @@ def run(options: argparse.Namespace) -> int:
     )
     say(str(found))
     return 0
-
-
-def _method(method: pj.Method, options: argparse.Namespace) -> pj.Method:
-    """A recipe's method, changed as the options say."""
-    given = {'rank': options.rank, 'target': options.target}
-    changes = {name: value for name, value in given.items() if value is not None}
-    for name in changes:
-        if not hasattr(method, name):
-            raise ValueError(f'--{name} changes nothing in {options.method}. Leave it out')
-    if isinstance(method, pj.Lora | pj.Dora) and options.rank is not None:
-        changes['alpha'] = 2 * options.rank
-    return dataclasses.replace(method, **changes)
 
 
 def _fields(path: pathlib.Path) -> dict[str, Any]:
@@ -100,7 +88,8 @@ def _shapes(
     ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
     if options.quantize:
-        params = pj.quantize(params, SCHEMES[options.quantize], target=models.linears(config))
+        target = quantized(config, options.embeddings)
+        params = pj.quantize(params, SCHEMES[options.quantize], target=target)
     if mesh is None:
         return Shapes(model, params, ids)
     rows = math.prod(mesh.shape[axis] for axis in ('data', 'fsdp') if axis in mesh.axis_names)

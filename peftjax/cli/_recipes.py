@@ -4,6 +4,7 @@ Their learning rates are those of `benchmarks/results/tune_rates.jsonl` that did
 messages held back.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from peftjax import (
     Trainable,
     chain,
 )
+from peftjax.cli import _method_options
 
 HEAD = Trainable(target='^classifier/')
 BODY = '^(?!classifier/)'
@@ -86,6 +88,24 @@ DEFAULT = (
     'frozen', 'prompt', 'prefix', 'bitfit', 'ia3', 'lora', 'dora', 'adapter', 'full',
 )  # fmt: skip
 """What `peftjax compare` runs unless told otherwise."""
+
+
+def settled(options: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """A recipe with the numbers that options ask for; fills in those that they leave open.
+
+    Args:
+      options: as parsed; changed.
+      recipe: as chosen.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      ValueError: an option that the method does not take, or a value that it refuses.
+    """
+    methods = {one.name: one.build and one.build() for one in RECIPES.values()}
+    method = _method_options.settle(options, recipe.name, methods)
+    return recipe if method is None else dataclasses.replace(recipe, build=lambda: method)
 
 
 def chosen(names: str | None) -> tuple[Recipe, ...]:

@@ -53,6 +53,7 @@ LANGUAGE = Road(
         'weight_decay': 0.01,
         'dtype': 'float32',
         'quantize': None,
+        'embeddings': False,
         'remat': 'names',
         **MEASURED,
     },

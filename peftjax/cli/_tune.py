@@ -10,7 +10,7 @@ from peftjax.cli._examples import labelled, read
 from peftjax.cli._fit import Fitter, Settings, step_count
 from peftjax.cli._held import split
 from peftjax.cli._loop import Evaluation
-from peftjax.cli._recipes import chosen
+from peftjax.cli._recipes import chosen, settled
 from peftjax.cli._task import Task, load_task
 from peftjax.cli._terminal import progress, say
 from peftjax.cli._watch import Watch
@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     recipe, *more = chosen(options.method)
     if more:
         raise ValueError(f'tune takes one method; got {options.method!r}. compare takes several')
+    recipe = settled(options, recipe)
     out = _output.check_free(options.out, options.overwrite)
     board = _metrics.board() if options.tensorboard else None
     parts = _parts(options)

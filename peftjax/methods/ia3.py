@@ -58,7 +58,10 @@ class Ia3(Method):
         chosen = super().select(sites)
         forward = [site for site in chosen if self.feeds(site)]
         if self.feedforward and not forward:
-            raise ValueError(f'no site of target matches feedforward={self.feedforward!r}')
+            raise ValueError(
+                f'no site of target matches feedforward={self.feedforward!r}. Let the target find '
+                "such a layer, or set feedforward to ''"
+            )
         for site in forward:
             if site.kind == 'convolution':
                 raise ValueError(

@@ -21,11 +21,13 @@ from peftjax.models._families import read_decoder_config as read_decoder_config
 from peftjax.models._hub import default_model_path as default_model_path
 from peftjax.models._hub import model_folder as model_folder
 from peftjax.models._kind import model_kind as model_kind
+from peftjax.models._linears import embeddings as embeddings
 from peftjax.models._linears import linears as linears
 from peftjax.models._load import Loaded as Loaded
 from peftjax.models._load import load_encoder as load_encoder
 from peftjax.models._load import parameter_shapes as parameter_shapes
 from peftjax.models._load_decoder import LoadedDecoder as LoadedDecoder
+from peftjax.models._load_decoder import abstract_decoder as abstract_decoder
 from peftjax.models._load_decoder import decoder_config as decoder_config
 from peftjax.models._load_decoder import is_quantized as is_quantized
 from peftjax.models._load_decoder import load_decoder as load_decoder

@@ -1,4 +1,4 @@
-"""Which leaves of a decoder are the products of its blocks."""
+"""Which leaves of a decoder are the products of its blocks, and which are of its vocabulary."""
 
 import re
 from collections.abc import Iterable
@@ -42,6 +42,28 @@ def linears(config: DecoderConfig, parts: Iterable[str] | None = None) -> str:
         if name is not None:
             found[f'{home[part]}/{re.escape(name)}'] = None
     return f'/{names.layers}/.*({"|".join(found)})/kernel$'
+
+
+def embeddings(config: DecoderConfig) -> str:
+    """A regular expression that finds the token embedding, and the head where it is not tied.
+
+    Args:
+      config: of the decoder.
+
+    Returns:
+      A target, for `pj.quantize(..., target=...)`; together with `linears`, nearly all weights.
+
+    Example:
+      >>> from peftjax.models import read_decoder_config
+      >>> config = read_decoder_config({'model_type': 'llama', 'vocab_size': 64, 'hidden_size': 16,
+      ...     'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 24})
+      >>> embeddings(config)
+      '^(model/embed_tokens/embedding|lm_head/kernel)$'
+    """
+    names = config.names
+    found = [f'{names.body}/{names.embedding}/embedding']
+    found += [] if config.tied else [f'{names.head}/kernel']
+    return f'^({"|".join(map(re.escape, found))})$'
 
 
 _ATTENTION = ('query', 'key', 'value', 'output')

@@ -76,7 +76,7 @@ def load_decoder(
       sharding: from a parameter's path to where it lives; None is the default device.
       scheme: such as `pj.NF4`; None leaves the parameters as they are stored.
       target: with a scheme, regex, or several, searched in the paths of parameters; None is all
-        linear layers (`linears`), and neither embedding nor head.
+        linear layers (`linears`), and neither embedding nor head (`embeddings`).
 
     Returns:
       Model, parameters, configuration.
@@ -116,6 +116,43 @@ def load_decoder(
     return LoadedDecoder(model, params, config)
 
 
+def abstract_decoder(
+    path_or_hub_name: str, *, dtype: jax.typing.DTypeLike | None = None
+) -> LoadedDecoder:
+    """What `load_decoder` would give, in shapes: of the weights only the headers are read.
+
+    Args:
+      path_or_hub_name: as of `load_decoder`.
+      dtype: of parameters and computation; None is that of the checkpoint.
+
+    Returns:
+      Model, parameters as `jax.ShapeDtypeStruct`s (a quantized leaf as a `pj.Quantized` of them),
+      configuration.
+
+    Raises:
+      FileNotFoundError: as `load_decoder`.
+      ConnectionError: as `load_decoder`.
+      ValueError: as `load_decoder`; but bytes that were changed are not noticed.
+
+    Example:
+      >>> llama = abstract_decoder('owner/model')  # doctest: +SKIP
+      >>> print(pj.sites(llama.model.apply_fn, llama.params, input_ids))  # doctest: +SKIP
+    """
+    folder = model_folder(path_or_hub_name)
+    config = read_decoder_config(read_json(folder / 'config.json'))
+    dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+    model = Decoder(config, Compute(dtype=dtype, param_dtype=dtype))
+    shapes: dict[str, Any] = decoder_shapes(model)
+    if is_quantized(folder):
+        shapes = _quantized_folder.abstract(folder, shapes)
+    else:
+        match(shapes, Checkpoint(folder), decoder_naming(config))
+    params: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        insert(params, path, shape)
+    return LoadedDecoder(model, params, config)
+
+
 def is_quantized(path_or_hub_name: str | os.PathLike[str]) -> bool:
     """Tells a folder that `quantize_decoder` wrote from one of Hugging Face.
 
@@ -136,6 +173,21 @@ def is_quantized(path_or_hub_name: str | os.PathLike[str]) -> bool:
     return (model_folder(path_or_hub_name) / _quantized_folder.ABOUT).is_file()
 
 
+def refuse_quantized(folder: pathlib.Path) -> None:
+    """Refuses to round again what is rounded.
+
+    Args:
+      folder: of a model.
+
+    Raises:
+      ValueError: its parameters are quantized.
+    """
+    if is_quantized(folder):
+        raise ValueError(
+            f'{folder} is quantized already. Take it as it is, or the model that it was made of.'
+        )
+
+
 def _chosen(
     folder: pathlib.Path,
     config: DecoderConfig,
@@ -148,13 +200,9 @@ def _chosen(
         raise ValueError(f'a target needs a scheme, such as pj.NF4; got target={target!r} alone.')
     if scheme is None:
         return {}
-    if is_quantized(folder):
-        raise ValueError(
-            f'{folder} is quantized already. Load it without a scheme, or quantize the model that '
-            'it was made of.'
-        )
-    return dict.fromkeys(_paths.selected(linears(config) if target is None else target, shapes),
-                         scheme)  # fmt: skip
+    refuse_quantized(folder)
+    found = _paths.selected(linears(config) if target is None else target, shapes)
+    return dict.fromkeys(found, scheme)
 
 
 def decoder_config(path_or_hub_name: str) -> DecoderConfig:

@@ -21,7 +21,7 @@ from peftjax.models._families import read_decoder_config
 from peftjax.models._fill import Plan, match, part
 from peftjax.models._hub import model_folder
 from peftjax.models._linears import linears
-from peftjax.models._load_decoder import decoder_naming, decoder_shapes
+from peftjax.models._load_decoder import decoder_naming, decoder_shapes, refuse_quantized
 from peftjax.models._rounding import rounded
 from peftjax.models._tokenizer import copy_tokenizer
 
@@ -32,14 +32,19 @@ class QuantizedFolder(NamedTuple):
     Attributes:
       folder: where.
       before: bytes of all parameters in the dtype of the checkpoint.
-      after: bytes of all parameters as they are now.
+      sizes: bytes of each parameter as it is now, by path.
       errors: for each quantized path the norm of what rounding changed over that of the weight.
     """
 
     folder: pathlib.Path
     before: int
-    after: int
+    sizes: Mapping[str, int]
     errors: Mapping[str, float]
+
+    @property
+    def after(self) -> int:
+        """Bytes of all parameters as they are now."""
+        return sum(self.sizes.values())
 
 
 def quantize_decoder(
@@ -60,16 +65,17 @@ def quantize_decoder(
       folder: to make.
       scheme: such as `pj.NF4`.
       target: regex, or several, searched in the paths of parameters; None is all linear layers
-        (`linears`), and neither embedding nor head.
+        (`linears`), and neither embedding nor head (`embeddings`).
       shard_bytes: about how many bytes a file holds.
 
     Returns:
-      The folder, bytes before and after, and the errors.
+      The folder, bytes before and of each parameter after, and the errors.
 
     Raises:
       FileNotFoundError: no such model.
       FileExistsError: there is something at `folder` already.
-      ValueError: as of `load_decoder`, or a pattern finds nothing.
+      ValueError: as of `load_decoder`, a model that is quantized already, or a pattern that finds
+        nothing.
       OSError: the folder cannot be written.
 
     Example:
@@ -83,22 +89,24 @@ def quantize_decoder(
     if os.path.lexists(out):
         raise FileExistsError(f'there is something at {out} already. Choose another folder.')
     source = model_folder(path_or_hub_name)
+    refuse_quantized(source)
     config = read_decoder_config(read_json(source / 'config.json'))
     shapes = decoder_shapes(Decoder(config, Compute(param_dtype=jnp.dtype(config.dtype))))
     plan = match(shapes, Checkpoint(source), decoder_naming(config))
     chosen = _paths.selected(linears(config) if target is None else target, shapes)
     small = {path: scheme.quantize(shape, path) if path in chosen else shape
              for path, shape in shapes.items()}  # fmt: skip
-    before, after = (sum(map(_nbytes, jax.tree.leaves(tree))) for tree in (shapes, small))
+    sizes = {path: sum(map(_nbytes, jax.tree.leaves(leaf))) for path, leaf in small.items()}
     errors: dict[str, float] = {}
+    made = QuantizedFolder(out, sum(map(_nbytes, shapes.values())), sizes, errors)
     leaves = ((path, _leaf(plan, path, shape, scheme if path in chosen else None, errors))
               for path, shape in shapes.items())  # fmt: skip
-    with _folder.whole(out, ours=frozenset(), overwrite=False, size=after) as fresh:
+    with _folder.whole(out, ours=frozenset(), overwrite=False, size=made.after) as fresh:
         _quantized_folder.write(fresh, leaves, shard_bytes)
         (fresh / 'config.json').write_bytes((source / 'config.json').read_bytes())
         copy_tokenizer(source, fresh)
         _quantized_folder.seal(fresh)
-    return QuantizedFolder(out, before, after, errors)
+    return made
 
 
 def _leaf(

@@ -83,6 +83,28 @@ def read(
     return params
 
 
+def abstract(folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The shapes of the parameters of a folder that `write` filled, as its table tells them.
+
+    Args:
+      folder: with the table.
+      shapes: of the model's parameters, layers stacked.
+
+    Returns:
+      Shapes by path; of a quantized parameter those of its codes and scales.
+
+    Raises:
+      CheckpointError: the table is damaged, or of another model or version.
+    """
+    about = _manifest.parse(folder / ABOUT)['leaves']
+    _check(folder, shapes, {path: (path, None) for path in shapes}, about)
+    schemes = {path: about[path]['scheme'] for path in shapes}
+    return {
+        path: shape if schemes[path] is None else Scheme(**schemes[path]).quantize(shape, path)
+        for path, shape in shapes.items()
+    }
+
+
 def _shards(leaves: Iterable[tuple[str, Any]], most: int) -> Iterator[dict[str, Any]]:
     """Leaves by file; a file holds one at least."""
     shard: dict[str, Any] = {}

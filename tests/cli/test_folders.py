@@ -131,15 +131,21 @@ def test_a_quantized_folder_lies_as_it_is_told(quantized):
 def test_quantize_says_bytes_and_errors(peftjax, model, tmp_path):
     out, some = tmp_path / 'int8', ('--scheme', 'int8', '--target', 'o_proj/kernel|lm_head')
     ran = peftjax('quantize', model, '--out', out, *some)
-    *lines, last = ran.out.splitlines()
+    *lines, total, table = ran.out.splitlines()
     assert [line.split()[0] for line in lines] == [
         'lm_head/kernel', 'model/layers/self_attn/o_proj/kernel']  # fmt: skip
     assert all(0 < float(line.split()[1]) < 1 for line in lines)
     params = models.load_decoder(str(out)).params
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(models.load_decoder(model).params))
-    assert f'{dense:,} bytes before, {held:,} after' in last
+    assert f'{dense:,} bytes before, {held:,} after' in total
     assert (out / 'tokenizer.json').exists()
+    size = params['model']['embed_tokens']['embedding'].nbytes
+    assert table.startswith(f'model/embed_tokens/embedding as they were, {size:,} bytes of these')
+    ran = peftjax('quantize', model, '--out', tmp_path / 'all', '--embeddings')
+    params = models.load_decoder(str(tmp_path / 'all')).params
+    assert isinstance(params['model']['embed_tokens']['embedding'], pj.Quantized)
+    assert isinstance(params['lm_head']['kernel'], pj.Quantized) and 'as they were' not in ran.out
 
 
 def test_damage_to_a_quantized_folder_is_named(quantized, tmp_path):

@@ -105,17 +105,18 @@ def test_help_names_every_option(peftjax, command):
         '--config',
         'tune': '--model --train --data --test --shots --seed --method --rate --out --overwrite '
         '--config --epochs --steps --batch --length --pack --no-pack --answer-only --eval-data '
-        '--eval-part --warmup --decay --dtype --quantize --tensorboard',
+        '--eval-part --warmup --decay --dtype --quantize --embeddings --tensorboard --rank --alpha '
+        '--dropout --reduction --virtual-tokens --target',
         'generate': 'adapter prompt --file --model --chat --max-tokens --temperature --top-k '
         '--top-p --seed',
         'predict': '--file --model --any-base standard',
         'inspect': 'model adapter',
         'plan': '--model --method --rank --target --batch --length --mesh --dtype --quantize '
-        '--optimizer --remat',
+        '--optimizer --remat --embeddings --virtual-tokens',
         'merge': 'adapter --out --dtype --model --any-base --dequantize',
         'export': 'adapter --out --base-model --overwrite',
         'import': 'folder --model --out --max-tokens --lenient --overwrite',
-        'quantize': 'model --out --scheme --target',
+        'quantize': 'model --out --scheme --target --embeddings',
     }
     assert all(word in ran.out for word in promised[command].split())
     assert '%(' not in ran.out

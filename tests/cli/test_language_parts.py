@@ -90,6 +90,30 @@ def test_the_loss_is_that_of_what_is_generated_from(tied, name):
     np.testing.assert_allclose(float(loss.total), total, rtol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['lora', 'prompt'])
+def test_a_quantized_table_is_the_rounded_one_wherever_it_is_used(tied, name):
+    """Looked up, multiplied with in the loss and in the head, and read when phi is made."""
+    target = _task.quantized(tied.config, embeddings=True)
+    small = dataclasses.replace(tied, params=pj.quantize(tied.params, pj.NF4, target=target))
+    assert isinstance(small.params['model']['embed_tokens']['embedding'], pj.Quantized)
+    wide = dataclasses.replace(tied, params=pj.dequantize(small.params))
+    ids = np.random.default_rng(0).integers(2, 64, (2, 8)).astype(np.int32)
+    batch = {'input_ids': ids, 'targets': np.roll(ids, -1, 1)}
+    found = []
+    for task in (small, wide):
+        peft = task.attach(RECIPES[name].build(task.config))
+        assert 'dense' not in str(peft)
+        phi = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
+                           peft.init(jax.random.key(1), task.params))  # fmt: skip
+        loss = lambda phi, task=task, peft=peft: _task.fused(peft, task)(task.params, phi, batch)
+        total, grads = jit(jax.value_and_grad(lambda phi, loss=loss: loss(phi).mean))(phi)
+        forward = peft.wrap(task.decoder.apply_fn)
+        said = pj.generate(forward, task.params, phi, jnp.asarray(ids),
+                           init_cache=task.decoder.init_cache, length=4)  # fmt: skip
+        found.append((phi, total, grads, said.tokens))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+
 def test_no_step_holds_the_logits_of_all_tokens():
     task = task_of('llama', vocab_size=8192)
     batch = {name: jax.ShapeDtypeStruct((16, 128), jnp.int32) for name in

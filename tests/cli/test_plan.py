@@ -75,12 +75,13 @@ def test_what_cannot_be_planned_is_said(peftjax, tmp_path):
         (*model, '--method', 'lara'): "unknown method 'lara'. Methods for language models: lora",
         (*model, '--method', 'bitfit'): 'BitFit adapts sites of kind bias',
         (*model, '--target', 'nothing'): 'no site matches',
-        (*model, '--method', 'prefix', '--rank', 3): '--rank changes nothing in prefix',
+        (*model, '--method', 'prefix', '--rank', 3): '--rank is not for prefix; it is for lora',
         (*model, '--mesh', 'data=3'): 'multiple of 3',
         (*model, '--mesh', 'data=16', '--batch', 16): 'a mesh of 16 devices is wanted',
         (*model, '--mesh', 'tensor=2'): 'axes among data, fsdp and model',
         (*model, '--mesh', 'data=0'): 'whole number from 1 up',
         (*model, '--quantize', 'fp4'): 'invalid choice',
+        (*model, '--embeddings'): 'add --quantize nf4',
     }
     for arguments, reason in cases.items():
         ran = peftjax('plan', *arguments)

@@ -35,6 +35,7 @@ class Settings:
       weight_decay: on all that is trained.
       dtype: of the base.
       quantize: how the linear layers of the base are kept; None as they are.
+      embeddings: whether the token embedding and the head are kept so too.
       clip: the most that the norm of all gradients may be.
     """
 
@@ -49,6 +50,7 @@ class Settings:
     weight_decay: float
     dtype: str
     quantize: str | None
+    embeddings: bool = False
     clip: float = 1.0
 
 

@@ -7,6 +7,7 @@ from peftjax.cli._numbers import part
 
 QUANTIZED = ('nf4', 'int4', 'int8')
 DTYPES = ('float32', 'bfloat16')
+EMBEDDINGS = 'and with them the token embedding and the head'
 
 
 def add_tune(sub: argparse.ArgumentParser, count: Any) -> None:
@@ -67,6 +68,7 @@ def add_generate(sub: argparse.ArgumentParser, count: Any) -> None:
 def _model(sub: Any) -> None:
     sub.add_argument('--dtype', choices=DTYPES, help='of the base (float32)')
     sub.add_argument('--quantize', choices=QUANTIZED, help='the linear layers of the base')
+    _switch(sub, '--embeddings', EMBEDDINGS)
 
 
 def _switch(sub: Any, name: str, text: str) -> None:

@@ -4,6 +4,7 @@ Targets follow the names in the model's configuration, so that one recipe serves
 learning rates are those of the papers and of common practice, to begin with; they were not tuned.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from peftjax import (
     PromptTuning,
     Trainable,
 )
+from peftjax.cli import _method_options
 from peftjax.models import DecoderConfig, linears
 
 
@@ -85,6 +87,21 @@ RECIPES = {
     )
 }  # fmt: skip
 """All recipes by name."""
+
+
+def settle(options: argparse.Namespace, config: DecoderConfig) -> Method:
+    """The method that options ask for; fills in its numbers that they leave open.
+
+    Args:
+      options: as parsed, with the `method`; changed.
+      config: of the model.
+
+    Raises:
+      ValueError: there is no such method, or it does not take an option that was given.
+    """
+    name = chosen(options.method).name
+    methods = {recipe.name: recipe.build(config) for recipe in RECIPES.values()}
+    return _method_options.settle(options, name, methods)
 
 
 def chosen(name: str) -> Recipe:

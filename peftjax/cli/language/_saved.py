@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import peftjax as pj
+from peftjax import models
 from peftjax.cli import _run_folder, _saved
 from peftjax.cli._saved import LANGUAGE
 from peftjax.cli.language._fit import Fitted, Settings
@@ -49,8 +50,22 @@ def load(options: argparse.Namespace, adapter: str) -> tuple[pj.Loaded, dict[str
       ValueError: an adapter of something else.
     """
     loaded, about = _saved.load(adapter, LANGUAGE)
-    settings = about.get('settings', {})
     options.model = options.model or about['model']
-    options.dtype = options.dtype or settings.get('dtype', 'float32')
-    options.quantize = options.quantize or settings.get('quantize')
+    options.dtype = options.dtype or about.get('settings', {}).get('dtype', 'float32')
+    if options.quantize is None and not options.embeddings:
+        options.quantize, options.embeddings = rounding(about, options.model)
     return loaded, about
+
+
+def rounding(about: dict[str, Any], model: str) -> tuple[str | None, bool]:
+    """How the base of an adapter was quantized while it was loaded: scheme, and embeddings too.
+
+    Args:
+      about: what is known of the adapter's task.
+      model: folder or hub name of the base; one that is quantized already is taken as it is.
+    """
+    settings = about.get('settings', {})
+    scheme = settings.get('quantize')
+    if scheme is None or models.is_quantized(model):
+        return None, False
+    return scheme, settings.get('embeddings', False)

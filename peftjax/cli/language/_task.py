@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import peftjax as pj
 from peftjax import data, losses, models
+from peftjax._types import Target
 from peftjax.data import LanguageBatch
 
 SCHEMES = {'nf4': pj.NF4, 'int4': pj.INT4, 'int8': pj.INT8}
@@ -90,6 +91,7 @@ def load(
     model: str,
     dtype: str,
     quantize: str | None,
+    embeddings: bool = False,
     remat: Literal['none', 'full', 'names'] = 'none',
 ) -> Task:
     """Loads a decoder and its tokenizer.
@@ -99,6 +101,7 @@ def load(
       dtype: of parameters and computation.
       quantize: how the linear layers of the blocks are kept, `nf4`, `int4` or `int8`; None as they
         are.
+      embeddings: whether the token embedding and the head are kept so too.
       remat: what a gradient keeps of each layer.
 
     Returns:
@@ -108,13 +111,55 @@ def load(
       FileNotFoundError: no such folder, or files missing from it.
       ValueError: a model or tokenizer that cannot be read.
     """
-    scheme = None if quantize is None else SCHEMES[quantize]
-    loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat, scheme=scheme)
+    how = rounding(model, quantize, embeddings)
+    loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat, **how)
     tokenizer = load_tokenizer(models.model_folder(model))
     stop = stop_tokens(models.model_folder(model), tokenizer)
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else stop[0] if stop else 0
     return Task(model, loaded.model, loaded.params, tokenizer, stop, pad)
+
+
+def rounding(model: str, quantize: str | None, embeddings: bool) -> dict[str, Any]:
+    """What `models.load_decoder` is told of quantization.
+
+    Args:
+      model: folder or hub name.
+      quantize: as of `load`.
+      embeddings: as of `load`.
+
+    Returns:
+      Scheme and target.
+
+    Raises:
+      ValueError: embeddings without a scheme, or a model that is quantized already.
+    """
+    check_embeddings(quantize, embeddings)
+    if quantize is None:
+        return {}
+    if models.is_quantized(model):
+        raise ValueError(
+            f'{model} is quantized already: leave --quantize out, or name the model that it was '
+            'made of'
+        )
+    target = quantized(models.decoder_config(model), embeddings)
+    return {'scheme': SCHEMES[quantize], 'target': target}
+
+
+def check_embeddings(quantize: str | None, embeddings: bool) -> None:
+    """Refuses to quantize embeddings in no way.
+
+    Raises:
+      ValueError: embeddings without a scheme.
+    """
+    if quantize is None and embeddings:
+        raise ValueError('--embeddings says what is quantized, not how: add --quantize nf4')
+
+
+def quantized(config: models.DecoderConfig, embeddings: bool) -> Target:
+    """The parameters that are quantized: the linear layers, if asked the vocabulary's too."""
+    linears = models.linears(config)
+    return (linears, models.embeddings(config)) if embeddings else linears
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:

@@ -16,8 +16,10 @@ def run(options: argparse.Namespace) -> int:
     out = _output.check_free(options.out, options.overwrite)
     board = _metrics.board() if options.tensorboard else None
     records = _data.read(options)
-    task = _task.load(options.model, options.dtype, options.quantize, options.remat)
-    method = recipe.build(task.config)
+    task = _task.load(
+        options.model, options.dtype, options.quantize, options.embeddings, options.remat
+    )
+    method = _recipes.settle(options, task.config)
     options.pack = _packs(options, method)
     split = _data.rows(task, records, options, options.pack)
     options.rate = recipe.rate if options.rate is None else options.rate
@@ -65,6 +67,7 @@ def _settings(options: argparse.Namespace, split: _data.Split) -> Settings:
         weight_decay=options.weight_decay,
         dtype=options.dtype,
         quantize=options.quantize,
+        embeddings=options.embeddings,
     )
 
 
