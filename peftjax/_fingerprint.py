@@ -2,6 +2,8 @@
 
 import base64
 import dataclasses
+import hashlib
+import json
 import math
 import zlib
 from collections.abc import Iterator
@@ -31,6 +33,12 @@ class Fingerprint:
     """
 
     leaves: tuple[tuple[Path, tuple[int, ...], str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        """Sixteen characters that another base does not have: for people to compare."""
+        text = json.dumps(self.leaves)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
     def of(cls, params: PyTree) -> 'Fingerprint':
