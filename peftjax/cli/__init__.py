@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from peftjax.cli._options import parse
+from peftjax.cli._wording import told
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended, as shells have it."""
@@ -28,13 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        return importlib.import_module(f'peftjax.cli._{options.command}').run(options)
+        command = importlib.import_module(f'peftjax.cli._{options.command}')
+        importlib.import_module('peftjax.cli._opened').check_model(getattr(options, 'model', None))
+        return command.run(options)
     except BrokenPipeError:
         # What is still to be flushed at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        print(f'peftjax {options.command}: error: {error}', file=sys.stderr)
+        print(f'peftjax {options.command}: error: {told(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'peftjax {options.command}: interrupted', file=sys.stderr)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import checkpoint, models
-from peftjax.cli import _saved
-from peftjax.cli._run_folder import find
+from peftjax.cli import _output, _saved
+from peftjax.cli._opened import opened
 
 TASKS = {_saved.LANGUAGE: 'CAUSAL_LM', _saved.TASK: 'SEQ_CLS'}
 """What the adapters of the commands are for, and what PEFT calls it."""
@@ -24,11 +24,7 @@ def open_adapter(folder: str) -> checkpoint.Loaded:
       FileNotFoundError: there is no such folder.
       ValueError: it holds no adapter, or one that is for something else.
     """
-    path = find(pathlib.Path(folder).expanduser())
-    if path.is_dir() and not (path / checkpoint.ADAPTER).exists():
-        raise ValueError(f'{folder} must be an adapter, which has an {checkpoint.ADAPTER}. '
-                         f'{kind(path)}')  # fmt: skip
-    loaded = checkpoint.load(path)
+    loaded = opened(folder)
     if loaded.metadata.get('task') not in TASKS:
         raise ValueError(
             f'{folder} must have been made by peftjax tune, compare or import; it is an adapter '
@@ -49,7 +45,7 @@ def load_base(model: str, dtype: jax.typing.DTypeLike | None = None) -> models.L
 
 
 def check_absent(path: str, overwrite: bool | None = None) -> None:
-    """Refuses a place where there is something.
+    """Refuses a place where there is something, or where nothing can be made.
 
     Args:
       path: of a folder to make.
@@ -57,18 +53,9 @@ def check_absent(path: str, overwrite: bool | None = None) -> None:
 
     Raises:
       FileExistsError: there is something.
+      NotADirectoryError: a file stands in the way.
     """
+    _output.check_way(pathlib.Path(path))
     if os.path.lexists(path) and not overwrite:
         also = '' if overwrite is None else ', or --overwrite'
         raise FileExistsError(f'there is something at {path} already. Choose another --out{also}')
-
-
-def kind(path: pathlib.Path) -> str:
-    """What a folder is that is no adapter, as a sentence."""
-    if (path / 'adapter_config.json').exists():
-        return 'This one is of PEFT: peftjax import makes an adapter of it'
-    if (path / 'config.json').exists():
-        return 'This one is a model'
-    if (path / 'options.toml').exists():
-        return 'This one is of a run that did not come to its end'
-    return 'This one is something else'

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 import peftjax as pj
 from peftjax import data, models
 from peftjax.cli import _input, _saved
+from peftjax.cli._opened import alike, is_adapter
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _task
 from peftjax.cli.language._saved import load
@@ -69,14 +72,32 @@ def _words(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     """The adapter, and the prompts; with a model the first word may be a prompt already.
 
     Raises:
+      FileNotFoundError: an adapter is meant that is not there.
       ValueError: neither an adapter nor a model.
     """
     first, rest = options.adapter, list(options.prompt)
     if first is None and not options.model:
         raise ValueError('name the folder of an adapter, or a model with --model')
-    if first is not None and options.model and not pathlib.Path(first).is_dir():
-        return None, [first, *rest]
-    return first, rest
+    if first is None:
+        return None, rest
+    folder = pathlib.Path(first).expanduser()
+    if folder.is_dir():
+        if (folder / 'config.json').exists() and not is_adapter(folder):
+            raise ValueError(f'{first} is a model, not an adapter: name it with --model')
+        return first, rest
+    if not options.model:
+        raise FileNotFoundError(
+            f'no such adapter folder: {first!r:.80}.{alike(folder)} Name the folder of an adapter '
+            'before the prompts, or a model with --model'
+        )
+    if not any(map(str.isspace, first)) and (os.sep in first or alike(folder)):
+        raise FileNotFoundError(
+            f'no such adapter folder: {first!r:.80}.{alike(folder)} A prompt that reads like a '
+            'folder goes through --file or standard input'
+        )
+    if rest and not any(map(str.isspace, first)):
+        print(f'no adapter is named {first!r}: it is taken as a prompt', file=sys.stderr)
+    return None, [first, *rest]
 
 
 def _sampling(options: argparse.Namespace) -> pj.Sampling | None:

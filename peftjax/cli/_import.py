@@ -5,14 +5,27 @@ import pathlib
 
 import peftjax as pj
 from peftjax.cli import _adapters, _saved
+from peftjax.cli._opened import is_adapter, kind
 from peftjax.cli._terminal import say
+
+
+def _check(folder: pathlib.Path) -> None:
+    """Refuses what another library did not write, before a model is read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no such folder: {folder}')
+    if (folder / 'adapter_config.json').exists():
+        return
+    is_ours = 'This one is an adapter of peftjax already'
+    raise ValueError(
+        f'{folder} must hold adapter_config.json, as PEFT and AdapterHub write it. '
+        f'{is_ours if is_adapter(folder) else kind(folder)}'
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _adapters.check_absent(options.out, options.overwrite)
-    if not pathlib.Path(options.folder).expanduser().is_dir():
-        raise FileNotFoundError(f'no such folder: {options.folder}')
+    _check(pathlib.Path(options.folder).expanduser())
     base = _adapters.load_base(options.model)
     found = pj.hf.load_adapter(
         options.folder, base.model.apply_fn, base.params, _adapters.IDS, strict=not options.lenient

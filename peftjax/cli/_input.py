@@ -18,9 +18,11 @@ def texts(typed: Sequence[str], file: str | None, what: str) -> tuple[str, ...]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not UTF-8, or there is no text.
+      ValueError: it is not UTF-8, there is no text, or there are texts beside a file.
     """
     lines = list(typed)
+    if lines and file:
+        raise ValueError(f'give texts or --file, not both; got {lines[0]!r:.40} and --file {file}')
     if not lines:
         content = _read(pathlib.Path(file)) if file else sys.stdin.read()
         lines = content.split('\n')

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import peftjax as pj
 from peftjax import _paths, checkpoint, models
 from peftjax.cli import _adapters, _method_options
+from peftjax.cli._opened import kind
 from peftjax.cli._run_folder import find
 from peftjax.cli._terminal import say
 
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     elif folder.is_dir() and not (folder / 'config.json').exists():
         raise FileNotFoundError(
             f'{folder} is neither a model, which has a config.json, nor an adapter, which has an '
-            f'{checkpoint.ADAPTER}. {_adapters.kind(folder)}'
+            f'{checkpoint.ADAPTER}. {kind(folder)}'
         )
     elif models.model_kind(what) == 'decoder':
         _decoder(what)

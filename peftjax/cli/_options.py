@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from peftjax.cli import _config, _folder_options, _method_options
-from peftjax.cli._numbers import count, part
+from peftjax.cli._numbers import count, part, positive, seed
 from peftjax.cli.language import _options as language
 
 
@@ -89,11 +89,11 @@ def _tune(commands: Any) -> None:
         'with messages, prompt and completion, or text',
     )
     sub.add_argument('--method', action=_Methods, default='lora', help=_METHODS)
-    sub.add_argument('--rate', type=float, help="learning rate (the method's own)")
+    sub.add_argument('--rate', type=positive, help="learning rate (the method's own)")
     sub.add_argument('--epochs', type=count, help='passes over the examples (8; language 3)')
     sub.add_argument('--batch', type=count, help='rows of one step (8)')
     sub.add_argument(
-        '--seed', type=int, default=0, help='of sampling, order and dropout (%(default)s)'
+        '--seed', type=seed, default=0, help='of sampling, order and dropout (%(default)s)'
     )
     sub.add_argument(
         '--out', required=True, help='folder for the adapter, what was measured, and a picture'
@@ -205,7 +205,7 @@ def _list_methods(parser: argparse.ArgumentParser) -> NoReturn:
 
 
 def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(',')]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise argparse.ArgumentTypeError(f'must be different numbers from 0 up; got {text!r}')
-    return [int(part) for part in parts]
+    seeds = [seed(one.strip()) for one in text.split(',')]
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f'must be different numbers; got {text!r}')
+    return seeds

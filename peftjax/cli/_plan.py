@@ -14,7 +14,7 @@ import peftjax as pj
 from peftjax import _paths, losses, models
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _recipes
-from peftjax.cli.language._task import SCHEMES, check_embeddings, quantized
+from peftjax.cli.language._task import SCHEMES, check_embeddings, quantized, rounding
 from peftjax.models._checkpoint import read_json
 from peftjax.models._load_decoder import saved_names
 
@@ -86,10 +86,7 @@ def _shapes(
     compute = models.Compute(dtype=dtype, param_dtype=dtype, save=saved_names(options.remat))
     model = models.Decoder(config, compute)
     ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
-    if options.quantize:
-        target = quantized(config, options.embeddings)
-        params = pj.quantize(params, SCHEMES[options.quantize], target=target)
+    params = _params(model, options, ids)
     if mesh is None:
         return Shapes(model, params, ids)
     rows = math.prod(mesh.shape[axis] for axis in ('data', 'fsdp') if axis in mesh.axis_names)
@@ -100,6 +97,23 @@ def _shapes(
     placed = {path: _at(leaf, where(path)) for path, leaf in _paths.leaves(params).items()}
     ids = _at(ids, models.batch_sharding(mesh))
     return Shapes(model, _paths.replace(params, placed), ids)
+
+
+def _params(model: models.Decoder, options: argparse.Namespace, ids: Any) -> Any:
+    """The shapes of theta; of a quantized folder those that it holds.
+
+    Raises:
+      ValueError: what is quantized is to be quantized.
+    """
+    folder = pathlib.Path(options.model).expanduser()
+    if folder.is_dir() and models.is_quantized(folder):
+        rounding(str(folder), options.quantize, options.embeddings)
+        return models.abstract_decoder(str(folder), dtype=options.dtype).params
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
+    if options.quantize is None:
+        return params
+    target = quantized(model.config, options.embeddings)
+    return pj.quantize(params, SCHEMES[options.quantize], target=target)
 
 
 def _at(leaf: Any, where: Any) -> Any:

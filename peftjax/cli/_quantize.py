@@ -14,7 +14,7 @@ def run(options: argparse.Namespace) -> int:
     _adapters.check_absent(options.out)
     config = models.decoder_config(options.model)
     linears, tables = models.linears(config), models.embeddings(config)
-    target = options.target or linears
+    target = linears if options.target is None else options.target
     made = models.quantize_decoder(
         options.model,
         options.out,

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftjax import checkpoint
 from peftjax.cli._fit import Fitted, Fitter
-from peftjax.cli._run_folder import find
+from peftjax.cli._opened import opened
 
 TASK = 'classification'
 LANGUAGE = 'language-model'
@@ -62,9 +62,10 @@ def load(folder: str | os.PathLike[str], task: str) -> tuple[checkpoint.Loaded, 
       The adapter, and what is known of its task: `model`, `max_tokens` and more.
 
     Raises:
-      ValueError: the adapter was made for something else.
+      FileNotFoundError: there is no such folder.
+      ValueError: it holds no adapter, or one that was made for something else.
     """
-    loaded = checkpoint.load(find(pathlib.Path(folder)))
+    loaded = opened(folder)
     found = loaded.metadata.get('task')
     if found != task:
         known = f'one of {READERS[found]} takes it' if found in READERS else (

@@ -2,12 +2,11 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from peftjax.data._text import MESSAGES as MESSAGES
-from peftjax.data._text import jsonl_rows, read
+from peftjax.data._text import jsonl_rows, present, read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def load_records(
       >>> load_records(MESSAGES / 'train.jsonl')[0].text[:22]
       'What number do I ring '
     """
-    path = pathlib.Path(path)
+    path = present(path)
     if path.suffix.lower() != '.jsonl':
         raise ValueError(f'{path} must end in .jsonl: received {path.suffix!r}.')
     records = []

@@ -96,7 +96,7 @@ def load_labelled(
       >>> topics.names[:3], topics.texts == train.texts
       (('bank card', 'delivery', 'doctor'), True)
     """
-    path = pathlib.Path(path)
+    path = present(path)
     parse = _parser(path)
     texts, values = [], []
     for line, row in parse(path, read(path)):
@@ -131,9 +131,15 @@ def default_messages() -> tuple[Examples, Examples]:
     return train, load_labelled(MESSAGES / 'test.jsonl', names=train.names)
 
 
-def read(path: pathlib.Path) -> str:
+def present(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a file that is there, whatever its name."""
+    path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no such file: {path} (looked in {pathlib.Path.cwd()}).')
+    return path
+
+
+def read(path: pathlib.Path) -> str:
     try:
         content = path.read_bytes().decode('utf-8-sig')  # spreadsheets write the mark
     except UnicodeDecodeError as error:

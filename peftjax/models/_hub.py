@@ -1,5 +1,6 @@
 """Where a model's files lie: a folder, the hub, or the package that brings the default model."""
 
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -26,6 +27,7 @@ def model_folder(path_or_hub_name: str | os.PathLike[str]) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: the argument is a path, and there is no such folder.
+      NotADirectoryError: there is a file.
       ConnectionError: the hub does not give the model.
 
     Example:
@@ -36,10 +38,15 @@ def model_folder(path_or_hub_name: str | os.PathLike[str]) -> pathlib.Path:
     folder = pathlib.Path(text).expanduser()
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise NotADirectoryError(
+            f'a model is a folder with config.json and model.safetensors; {text} is a file. Pass '
+            'the folder.'
+        )
     if folder.is_absolute() or text.startswith(('.', '~')) or text.count('/') > 1:
         raise FileNotFoundError(
-            f'no such model folder: {text}. Pass a folder that holds config.json and '
-            "model.safetensors, or a hub name such as 'owner/name'."
+            f'no such model folder: {text}.{_alike(folder)} Pass a folder that holds config.json '
+            "and model.safetensors, or a hub name such as 'owner/name'."
         )
     import huggingface_hub
 
@@ -49,8 +56,17 @@ def model_folder(path_or_hub_name: str | os.PathLike[str]) -> pathlib.Path:
         raise ConnectionError(
             f'{text!r} is no folder here, and the Hugging Face hub did not give a model of that '
             f'name: {type(error).__name__}: {error}. Without a network, copy the model to a '
-            'folder (config.json, model.safetensors, tokenizer.json) and pass its path.'
+            f'folder (config.json, model.safetensors, tokenizer.json) and pass its path.'
+            f'{_alike(folder)}'
         ) from error
+
+
+def _alike(folder: pathlib.Path) -> str:
+    """A question after a model whose folder has nearly that name."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    names = [path.name for path in beside if (path / 'config.json').is_file()]
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return f' Did you mean {str(folder.with_name(close[0]))!r}?' if close else ''
 
 
 def default_model_path() -> str:

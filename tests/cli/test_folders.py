@@ -196,7 +196,7 @@ def test_wrong_folders_are_told_apart(peftjax, adapters, model, tmp_path):
     assert peftjax('export', adapters['lora'], '--out', peft).code == 0
     cases = {
         ('merge', model, *new): 'This one is a model',
-        ('merge', tmp_path / 'none', *new): 'no saved folder',
+        ('merge', tmp_path / 'none', *new): 'no such adapter folder',
         ('merge', peft, *new): 'peftjax import makes an adapter of it',
         ('merge', adapters['lora'], *new, '--model', tmp_path / 'none'): 'say so with --model',
         ('export', tmp_path, *new): 'This one is something else',

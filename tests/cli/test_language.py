@@ -187,7 +187,7 @@ def test_what_was_trained_is_found_again(peftjax, tune, tmp_path, how):
     ('arguments', 'message'),
     [
         (('--method', 'lorra'), "unknown method 'lorra'. Methods for language models: lora, "),
-        (('--method', 'lora,ia3'), 'tune takes one method'),
+        (('--method', 'lora,ia3'), 'one method is taken at a time'),
         (('--method', 'bitfit'), 'BitFit adapts sites of kind bias'),
         (('--method', 'prefix', '--pack'), '--pack is not for prefix'),
         (('--shots', 2), '--shots is for an encoder; '),
@@ -235,9 +235,9 @@ def test_adapters_go_to_the_command_that_takes_them(peftjax, talk, tuned):
     ('arguments', 'message'),
     [
         ((), 'name the folder of an adapter, or a model with --model'),
-        (('none', 'a'), 'no saved folder'),
+        (('none', 'a'), "no such adapter folder: 'none'"),
         (('--model', 'MODEL', 'a', '--temperature', 0, '--top-k', 3), 'leave --top-k and --top-p'),
-        (('--model', 'MODEL', 'a', '--temperature', -1), 'temperature must be above 0'),
+        (('--model', 'MODEL', 'a', '--temperature', -1), "must be a number from 0 up; got '-1'"),
         (('--model', 'MODEL', '--file', 'none'), 'no such file: none'),
     ],
 )

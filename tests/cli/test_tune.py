@@ -194,7 +194,7 @@ def test_predict_says_what_is_missing(peftjax, tuned, tmp_path):
     (tmp_path / 'latin').write_bytes('où'.encode('latin-1'))
     assert 'must be UTF-8' in peftjax('predict', tuned, '--file', tmp_path / 'latin').err
     ran = peftjax('predict', tmp_path / 'none', 'text')
-    assert ran.code == 2 and 'no saved folder' in ran.err
+    assert ran.code == 2 and 'no such adapter folder' in ran.err
 
 
 def test_interrupting_ends_with_130(peftjax, here, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: pathlib.Path):
         load_records(tmp_path / 'g.jsonl')
     with pytest.raises(ValueError, match='is empty'):
         load_records(written(tmp_path, ''))
+    (tmp_path / 'g.parquet').write_bytes(b'PAR1')
     with pytest.raises(ValueError, match=r'must end in \.jsonl'):
         load_records(tmp_path / 'g.parquet')
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from peftjax.cli._numbers import part
+from peftjax.cli._numbers import from_zero, part, seed, share
 
 QUANTIZED = ('nf4', 'int4', 'int8')
 DTYPES = ('float32', 'bfloat16')
@@ -31,7 +31,7 @@ def add_tune(sub: argparse.ArgumentParser, count: Any) -> None:
     group.add_argument(
         '--decay', choices=('cosine', 'linear', 'none'), help='of the rate after it (cosine)'
     )
-    group.add_argument('--weight-decay', type=float, help='on all that is trained (0.01)')
+    group.add_argument('--weight-decay', type=from_zero, help='on all that is trained (0.01)')
     _model(group)
     group.add_argument(
         '--remat', choices=('none', 'full', 'names'), help='what a gradient keeps (names)'
@@ -57,10 +57,10 @@ def add_generate(sub: argparse.ArgumentParser, count: Any) -> None:
     sub.add_argument(
         '--max-tokens', type=count, default=128, help='the most that follows (%(default)s)'
     )
-    sub.add_argument('--temperature', type=float, help='0 takes the likeliest token (0)')
-    sub.add_argument('--top-k', type=int, help='draw from so many of the likeliest tokens')
-    sub.add_argument('--top-p', type=float, help='draw from the likeliest of this probability')
-    sub.add_argument('--seed', type=int, default=0, help='of drawing (%(default)s)')
+    sub.add_argument('--temperature', type=from_zero, help='0 takes the likeliest token (0)')
+    sub.add_argument('--top-k', type=count, help='draw from so many of the likeliest tokens')
+    sub.add_argument('--top-p', type=share, help='draw from the likeliest of this probability')
+    sub.add_argument('--seed', type=seed, default=0, help='of drawing (%(default)s)')
     sub.add_argument('--batch', type=count, default=8, help='prompts at once (%(default)s)')
     _model(sub)
 

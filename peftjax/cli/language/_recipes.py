@@ -111,7 +111,7 @@ def chosen(name: str) -> Recipe:
       ValueError: there is none.
     """
     if ',' in name:
-        raise ValueError(f'tune takes one method; got {name!r}')
+        raise ValueError(f'one method is taken at a time; got {name!r}')
     if name not in RECIPES:
         raise ValueError(
             f'unknown method {name!r}. Methods for language models: {", ".join(RECIPES)}'

@@ -2,6 +2,7 @@
 
 import argparse
 
+from peftjax import models
 from peftjax.cli import _config, _metrics, _output, _plot, _report, _roads, _run_folder
 from peftjax.cli._terminal import progress, say
 from peftjax.cli._watch import Watch
@@ -15,12 +16,12 @@ def run(options: argparse.Namespace) -> int:
     recipe = _recipes.chosen(options.method)
     out = _output.check_free(options.out, options.overwrite)
     board = _metrics.board() if options.tensorboard else None
+    method = _recipes.settle(options, models.decoder_config(options.model))
+    options.pack = _packs(options, method)
     records = _data.read(options)
     task = _task.load(
         options.model, options.dtype, options.quantize, options.embeddings, options.remat
     )
-    method = _recipes.settle(options, task.config)
-    options.pack = _packs(options, method)
     split = _data.rows(task, records, options, options.pack)
     options.rate = recipe.rate if options.rate is None else options.rate
     settings = _settings(options, split)

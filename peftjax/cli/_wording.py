@@ -1,0 +1,36 @@
+"""Errors in the words of the command line: the library's mends are its arguments, here options."""
+
+OPTIONS = {
+    'pass allow_other_base=True': 'pass --any-base',
+    'print(pj.sites(...)) lists them': 'peftjax inspect lists them',
+    "say too_long='cut' or 'drop'": 'say --too-long cut or drop',
+    "(prompt='question')": '(--prompt-column question)',
+    'or answers_only=False': 'or leave --answer-only out',
+    'or set answers_only=False': 'or leave --answer-only out',
+    'Pass strict=False to ignore them': 'Pass --lenient to ignore them',
+    'strict=False to ignore them': '--lenient to ignore them',
+}
+"""What the library says, and what it is called on the command line."""
+
+
+def told(error: Exception) -> str:
+    """The message of an error.
+
+    Args:
+      error: of the library, of the system, or of a command.
+
+    Returns:
+      Text in the words of the command line.
+
+    Example:
+      >>> told(ValueError('Load that base, or pass allow_other_base=True'))
+      'Load that base, or pass --any-base'
+      >>> told(FileExistsError(17, 'File exists', 'runs'))
+      "File exists: 'runs'"
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f'{error.strerror}: {error.filename!r}'
+    for said, meant in OPTIONS.items():
+        text = text.replace(said, meant)
+    return text
