@@ -274,12 +274,35 @@ def test_one_use_of_a_shared_weight_is_refused(tmp_path):
     """A tied head: PEFT would adapt the table alone, ours adapts both uses."""
     theta = {'embed_tokens': {'embedding': jnp.ones((5, 4), jnp.float32)}}
     tied = lambda p, ids: (w := p['embed_tokens']['embedding'])[ids] @ w.T
-    ids = jnp.zeros((2, 3), jnp.int32)
-    peft = pj.attach(pj.Lora(target='embed', rank=2), tied, theta, ids)
-    with pytest.raises(ValueError, match='several uses'):
-        pj.hf.save_adapter(tmp_path / 'x', peft, peft.init(jax.random.key(0), theta))
     untied = lambda p, ids: p['embed_tokens']['embedding'][ids]
+    ids = jnp.zeros((2, 3), jnp.int32)
     peft = pj.attach(pj.Lora(target='embed', rank=2), untied, theta, ids)
     folder = pj.hf.save_adapter(tmp_path / 'x', peft, peft.init(jax.random.key(0), theta))
     with pytest.raises(ValueError, match='untie'):
         pj.hf.load_adapter(folder, tied, theta, ids)
+
+
+SHARED = {
+    'linear': (pj.Lora(target='up', rank=2), r"'up/kernel' \(linear\) has several uses"),
+    'saved': (pj.chain(pj.Lora(target='embed'), pj.Trainable(target='up')), r"'up/kernel' \(lin"),
+    'dora': (pj.Dora(target='embed', rank=2), 'different directions'),
+}
+
+
+@pytest.mark.parametrize('name', SHARED)
+def test_what_peft_does_not_tie(tmp_path, name):
+    """It ties a table and the head, and no more."""
+    theta = {
+        'embed': {'embedding': jnp.ones((9, 8), jnp.float32)},
+        'up': {'kernel': jnp.ones((8, 8), jnp.float32)},
+    }
+
+    def tied(p, ids):
+        w, up = p['embed']['embedding'], p['up']['kernel']
+        return w[ids] @ up @ up.T @ w.T
+
+    method, message = SHARED[name]
+    peft = pj.attach(method, tied, theta, jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=message):
+        pj.hf.save_adapter(tmp_path / 'x', peft, peft.init(jax.random.key(0), theta))
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from test_conformance import CASES
 
 import peftjax as pj
+from peftjax import models
 
 CONFIGS = {
     'lora': dict(
@@ -143,6 +144,13 @@ EXPORTS = {
     'gpt2_lora': ('gpt2', pj.Lora(target=('c_attn/k', 'c_fc/k', 'mlp/c_proj/k')), LANGUAGE),
     'gpt2_ia3': ('gpt2', pj.Ia3(target='(c_attn|mlp/c_proj)/k', feedforward='mlp'), LANGUAGE),
     'gpt2_prefix': ('gpt2', pj.PrefixTuning(length=3), LANGUAGE),
+    'tied_lora': ('gpt2', pj.Lora(target='wte|c_attn/k', rank=3), LANGUAGE),
+    'tied_saved': (
+        'gpt2',
+        pj.chain(pj.Lora(target='c_attn/k', rank=3), saved=pj.Trainable(target='wte')),
+        LANGUAGE,
+    ),
+    'tied_tokens': ('gpt2', pj.TrainableTokens(target='wte', ids=(9, 3)), LANGUAGE),
     'bert_biases': (
         'classifier',
         pj.chain(
@@ -208,6 +216,159 @@ def test_ours_is_read_by_peft(name, tmp_path):
     config = json.loads((folder / 'adapter_config.json').read_text())
     assert config['inference_mode'] and config['task_type'] == task
     shutil.rmtree(again)
+
+
+EVERY = 'experts/.*/kernel'
+EXPERTS = {
+    'modules': ('mixtral', pj.Lora(target=(EVERY, 'q_proj', 'gate/'), rank=2, alpha=6)),
+    'down': ('qwen3_moe', pj.Lora(target=('down_proj', 'o_proj'), rank=2)),
+    'gate_up': ('mixtral', pj.Lora(target='experts/w[13]/', rank=2, alpha=6)),
+    'ranks': (
+        'mixtral',
+        pj.Lora(target=EVERY, rank=4, alpha=6, ranks=(('w[13]/', 2),), alphas=(('w2', 3),)),
+    ),
+    'stabilized': (
+        'qwen3_moe',
+        pj.Lora(target=(EVERY, 'q_proj'), rank=4, alpha=6, rank_stabilized=True),
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def with_experts(tmp_path_factory):
+    """Folders with tiny models whose layers have experts."""
+    torch = pytest.importorskip('torch', reason='parity needs PyTorch')
+    transformers = pytest.importorskip('transformers', minversion='5', reason='experts as there')
+    pytest.importorskip('peft', reason='parity needs PEFT')
+    sizes = dict(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        initializer_range=0.3,
+        num_experts_per_tok=2,
+        intermediate_size=12,
+    )
+    more = {
+        'mixtral': dict(num_local_experts=3),
+        'qwen3_moe': dict(num_experts=3, moe_intermediate_size=12, norm_topk_prob=True),
+    }
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in more}
+    torch.manual_seed(3)
+    for kind, folder in folders.items():
+        config = transformers.AutoConfig.for_model(kind, **sizes, **more[kind])
+        transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
+    return folders
+
+
+IDS = np.asarray([[5, 9, 31, 8, 2], [3, 3, 40, 7, 6]], np.int32)
+
+
+@pytest.mark.parametrize('name', EXPERTS)
+def test_experts_are_read_by_peft(name, with_experts, tmp_path):
+    kind, method = EXPERTS[name]
+    loaded = models.load_decoder(str(with_experts[kind]))
+    apply_fn, params = loaded.model.apply_fn, loaded.params
+    peft = pj.attach(method, apply_fn, params, IDS)
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    move = lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape)
+    phi = jax.tree.map(move, peft.init(jax.random.key(0), params))
+    folder = pj.hf.save_adapter(tmp_path / 'ours', peft, phi, task_type=LANGUAGE)
+    inputs = {'input_ids': IDS, 'attention_mask': np.ones_like(IDS)}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        theirs, again = in_peft(with_experts[kind], folder, inputs)
+    out = jax.jit(peft.wrap(apply_fn))(params, phi, IDS)
+    np.testing.assert_allclose(out, theirs, rtol=0, atol=1e-5)
+    assert np.abs(out - apply_fn(params, IDS)).max() > 0.1
+    for written in (folder, again):  # As modules, or as the parameters that they make of them.
+        found = pj.hf.load_adapter(written, apply_fn, params, IDS)
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found.phi, phi))
+
+
+@pytest.mark.parametrize('kind', ['mixtral', 'qwen3_moe'])
+def test_experts_that_peft_trained(kind, with_experts, tmp_path):
+    """Gate and up of an expert have one `lora_A` there; read and written, the file is the same."""
+    import peft
+    import torch
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(with_experts[kind]).eval()
+    config = peft.LoraConfig(
+        r=3,
+        target_modules=['q_proj'],
+        target_parameters=['experts.gate_up_proj', 'experts.down_proj'],
+        rank_pattern={'experts.gate_up_proj': 2},
+        task_type=LANGUAGE,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for tensor in (t for t in model.parameters() if t.requires_grad):
+            tensor.add_(0.2 * torch.randn_like(tensor))
+    out = model(input_ids=torch.tensor(IDS, dtype=torch.long)).logits.detach().numpy()
+    model.save_pretrained(tmp_path / 'theirs')
+    loaded = models.load_decoder(str(with_experts[kind]))
+    apply_fn, params = loaded.model.apply_fn, loaded.params
+    found = pj.hf.load_adapter(tmp_path / 'theirs', apply_fn, params, IDS)
+    ours = jax.jit(found.peft.wrap(apply_fn))(params, found.phi, IDS)
+    np.testing.assert_allclose(ours, out, rtol=0, atol=1e-5)
+    assert np.abs(out - apply_fn(params, IDS)).max() > 0.1
+    folder = pj.hf.save_adapter(tmp_path / 'ours', found.peft, found.phi, task_type=LANGUAGE)
+    ours, theirs = (
+        load_file(f / 'adapter_model.safetensors') for f in (folder, tmp_path / 'theirs')
+    )
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == tensor).all() for name, tensor in theirs.items())
+
+
+def test_parameters_of_a_module_are_read_by_peft(tmp_path):
+    """Experts that are parameters here too."""
+    torch = pytest.importorskip('torch', reason='parity needs PyTorch')
+    peft = pytest.importorskip('peft', reason='parity needs PEFT')
+    stored = load(CASES / 'experts' / 'lora_target_parameters')
+    method = pj.Lora(target='w[12]', rank=2, alpha=5, ranks=(('w2', 3),), alphas=(('w1', 7),))
+    case = stored.attached(method)
+    keys = iter(jax.random.split(jax.random.key(1), 9))
+    move = lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape)
+    phi = jax.tree.map(move, case.peft.init(jax.random.key(0), case.params))
+    folder = pj.hf.save_adapter(tmp_path / 'x', case.peft, phi)
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape = lambda leaf: torch.nn.Parameter(torch.tensor(np.array(leaf)))
+            own = case.params['experts']
+            self.w1, self.w2 = shape(own['w1']), shape(own['w2'])
+            self.router, self.lin = torch.nn.Linear(16, 3), torch.nn.Linear(16, 4)
+            for name in ('router', 'lin'):
+                for leaf in ('weight', 'bias'):
+                    setattr(getattr(self, name), leaf, shape(own[name][leaf]))
+
+        def forward(self, x):
+            weights = torch.softmax(self.router(x), -1)
+            inner = torch.relu(torch.einsum('bd,edf->ebf', x, self.w1))
+            y = torch.einsum('ebf,efd->ebd', inner, self.w2)
+            return self.lin(torch.einsum('ebd,be->bd', y, weights))
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Experts()
+
+        def forward(self, x):
+            return self.experts(x)
+
+    x = torch.tensor(np.array(case.io['x']))
+    np.testing.assert_allclose(Outer()(x).detach().numpy(), case.base(), rtol=0, atol=1e-5)
+    with warnings.catch_warnings():  # It looks for the names of parameters among modules.
+        warnings.filterwarnings('ignore', message='The following (rank|alpha)_pattern')
+        theirs = peft.PeftModel.from_pretrained(Outer(), folder)(x).detach().numpy()
+    np.testing.assert_allclose(case.forward(phi), theirs, rtol=0, atol=1e-5)
+    assert np.abs(theirs - case.base()).max() > 0.1
 
 
 def flat(phi):

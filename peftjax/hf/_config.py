@@ -148,6 +148,11 @@ class Fields:
             raise self.wrong(key, f'regular expressions ({error})', pattern) from error
 
 
+def whole(number: float) -> float:
+    """A number, whole where it is but for rounding."""
+    return round(number) if abs(number - round(number)) < 1e-9 * abs(number) else number
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 

@@ -1,6 +1,5 @@
 """From PEFT's `LoraConfig` to a plan."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +7,12 @@ import numpy as np
 
 from peftjax._lowrank import LowRankMethod
 from peftjax._types import Path
-from peftjax.hf._config import Fields
+from peftjax.hf._config import Fields, whole
 from peftjax.hf._draft import Draft, adapted, plan_tokens
+from peftjax.hf._from_parameters import plan_parameters
 from peftjax.hf._model import Model
 from peftjax.hf._names import pattern_of
-from peftjax.hf._plan import require, whole_leaves
+from peftjax.hf._plan import require
 from peftjax.hf._stored import Stored
 from peftjax.methods import Dora, Lora
 
@@ -53,13 +53,13 @@ def plan_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) -> Non
     names = ('target_modules', 'exclude_modules', 'modules_to_save', 'layers_pattern')
     rule: dict[str, Any] = {key: fields.names(key) for key in names}
     rule['layers_to_transform'] = fields.integers('layers_to_transform')
-    parameters = fields.names('target_parameters')
+    parameters = plan_parameters(fields, stored, model, draft)
     _tied(fields, stored, model, draft)
-    leaves = dict(_experts(parameters, stored, model, draft))
-    if rule['target_modules'] or not parameters:
+    leaves = dict(parameters.leaves)
+    if rule['target_modules'] or not fields.names('target_parameters'):
         leaves |= adapted(model, stored, rule, SUFFIXES)
     _check_shared(leaves, model, draft)
-    method = _method(fields, leaves, model) if leaves else None
+    method = _method(fields, leaves, parameters.shares, model) if leaves else None
     if method is not None:
         draft.methods['dora' if isinstance(method, Dora) else 'lora'] = method
     modules = [name for names in leaves.values() for name in names]
@@ -80,9 +80,15 @@ def _note_start(fields: Fields, draft: Draft) -> None:
         draft.listed.append('init_lora_weights')
 
 
-def _method(fields: Fields, leaves: Mapping[Path, tuple[str, ...]], model: Model) -> LowRankMethod:
+def _method(
+    fields: Fields,
+    leaves: Mapping[Path, tuple[str, ...]],
+    shares: Mapping[Path, int],
+    model: Model,
+) -> LowRankMethod:
     """The pairs at all leaves, those of each stack of one rank and scale."""
     rank, alpha = fields.integer('r', 8), fields.number('lora_alpha', 8)
+    stabilized = fields.flag('use_rslora')
     own = {
         'ranks': (fields.patterns('rank_pattern'), rank),
         'alphas': (fields.patterns('alpha_pattern'), alpha),
@@ -98,7 +104,8 @@ def _method(fields: Fields, leaves: Mapping[Path, tuple[str, ...]], model: Model
                     f'{field} {sorted(values)}. Load the model with its layers unrolled '
                     '(scan_layers=False)'
                 )
-            groups.setdefault(values.pop(), []).append(path)
+            share = shares.get(path, 1)
+            groups.setdefault(_share(values.pop(), share, field, stabilized), []).append(path)
         exceptions[field] = tuple(
             (pattern, value)
             for value, paths in groups.items()
@@ -109,9 +116,18 @@ def _method(fields: Fields, leaves: Mapping[Path, tuple[str, ...]], model: Model
         target=model.target(leaves),
         rank=rank,
         alpha=alpha,
-        rank_stabilized=fields.flag('use_rslora'),
+        rank_stabilized=stabilized,
         dropout=fields.number('lora_dropout', 0.0),
         **exceptions,
+    )
+
+
+def _share(value: Any, share: int, field: str, stabilized: bool) -> Any:
+    """What is left of a rank or alpha where several leaves divide the ranks, at the same scale."""
+    if share == 1:
+        return value
+    return (
+        value // share if field == 'ranks' else whole(value / share ** (0.5 if stabilized else 1))
     )
 
 
@@ -193,53 +209,6 @@ def _check_shared(leaves: Mapping[Path, Any], model: Model, draft: Draft) -> Non
                 'for all of them; this adapter adapts one. Give the head a parameter of its own '
                 '(untie it) in params'
             )
-
-
-def _experts(
-    targets: tuple[str, ...] | str, stored: Stored, model: Model, draft: Draft
-) -> dict[Path, tuple[str, ...]]:
-    """The parameters of modules with several, such as experts: PEFT's `target_parameters`.
-
-    PEFT wraps the module once for each parameter, in an order of its own: shapes tell which is
-    whose. They are read as `(experts, out, in)`, as PEFT does for all modules but those that
-    transformers calls `is_transposed`.
-    """
-    targets = (targets,) if isinstance(targets, str) else targets
-    owners: dict[str, list[str]] = {}
-    for name in model.table.stored_parameters():
-        place = model.place(name)
-        hit = any(name == t or name.endswith(f'.{t}') for t in targets)
-        if hit and place is not None and model.table.is_raw(place.site.path):
-            owners.setdefault(name.rpartition('.')[0], []).append(name)
-    renamed: dict[str, str] = {}
-    for owner, names in owners.items():
-        levels = [f'{owner}{".base_layer" * depth}' for depth in range(len(names))]
-        wrapped = [f'{level}.lora_A.weight' for level in levels]
-        require(wrapped, stored.tensors, stored.where, 'every wrapper')
-        pairs = (list(zip(levels, order, strict=True)) for order in itertools.permutations(names))
-        fits = [pair for pair in pairs if all(_fits(stored, *one, model) for one in pair)]
-        if len(fits) != 1:
-            raise ValueError(
-                f'target_parameters at {owner!r}: shapes must tell which of {names} each pair of '
-                f'factors belongs to; {len(fits)} ways fit'
-            )
-        for level, name in fits[0]:
-            renamed |= {f'{level}.lora_{x}.weight': f'{name}.lora_{x}.weight' for x in 'AB'}
-    if not renamed:
-        return {}
-    draft.rewrites.append(lambda tensors: {renamed.get(n, n): t for n, t in tensors.items()})
-    return whole_leaves(model, [name for names in owners.values() for name in names])
-
-
-def _fits(stored: Stored, level: str, name: str, model: Model) -> bool:
-    """Whether a pair of factors may belong to a parameter `(experts, out, in)`."""
-    place = model.place(name)
-    assert place is not None
-    *_, out, inner = place.site.shape
-    a, b = (stored.tensors.get(f'{level}.lora_{x}.weight') for x in 'AB')
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2:
-        return False
-    return a.shape[1] == inner and b.shape[0] == out and a.shape[0] == b.shape[1]
 
 
 def _token_ids(fields: Fields) -> dict[str, tuple[int, ...]]:

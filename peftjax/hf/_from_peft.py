@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.hf._config import Fields
-from peftjax.hf._draft import Draft, adapted, plan_tokens
+from peftjax.hf._draft import DELTA, Draft, adapted, plan_tokens
 from peftjax.hf._from_lora import plan_lora
 from peftjax.hf._model import Model
 from peftjax.hf._names import is_below
@@ -19,6 +19,9 @@ SUFFIX = re.compile(
     r'\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|'
     r'trainable_tokens_delta|weight|bias)$'
 )
+STARTS = {'RANDOM': 'random', 'SAMPLE_VOCAB': 'vocabulary'}
+"""What a prompt starts from; of a text it is not known here which tokens it is."""
+
 BOOKKEEPING = (
     'auto_mapping',
     'base_model_name_or_path',
@@ -83,15 +86,14 @@ def _feeds_forward(modules: tuple[str, ...], names: tuple[str, ...] | str) -> bo
 def _prompt(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     del stored, model
     draft.note_idle(
-        fields,
-        (
-            'prompt_tuning_init',
-            'prompt_tuning_init_text',
-            'tokenizer_name_or_path',
-            'tokenizer_kwargs',
-        ),
+        fields, ('prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs')
     )
-    draft.methods['prompt_tuning'] = PromptTuning(length=_length(fields, draft))
+    start = fields.text('prompt_tuning_init', 'RANDOM')
+    if start not in STARTS:
+        draft.note_idle(fields, ('prompt_tuning_init',))
+    draft.methods['prompt_tuning'] = PromptTuning(
+        length=_length(fields, draft), initial=STARTS.get(start, 'random')
+    )
 
 
 def _prefix(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
@@ -149,6 +151,7 @@ def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     draft.saved.update(names)
     # With bias='all' PEFT writes the biases of such a module once more, and those that it replaced.
     draft.idle.update(name for name in stored.tensors if '.original_module.' in name)
+    draft.idle |= _once_more(stored, model)
     for name in stored.tensors:
         plain = name.endswith(('.weight', '.bias')) and model.place(name) is not None
         if plain and name not in draft.saved and name not in draft.idle:
@@ -161,6 +164,24 @@ def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
                 'all of them; this adapter trains one. Give the head a parameter of its own in '
                 'params'
             )
+
+
+def _once_more(stored: Stored, model: Model) -> set[str]:
+    """What a tied head has in common with the table: PEFT stores it for both."""
+    ends = '.weight', DELTA
+    named = [(name, end) for name in stored.tensors for end in ends if name.endswith(end)]
+    places = {name: model.table.weight(name.removesuffix(end)) for name, end in named}
+    tables = [
+        (stored.tensors[name], end)
+        for name, end in named
+        if (place := places[name]) is not None and place.site.path in model.table.shared
+    ]
+    return {
+        name
+        for name, end in named
+        if places[name] is None
+        and any(end == kind and np.array_equal(stored.tensors[name], t) for t, kind in tables)
+    }
 
 
 def _check_copy(name: str, stored: Stored, model: Model) -> None:

@@ -30,8 +30,9 @@ class Model:
         self._leaves = _paths.leaves(params)
 
     def target(self, paths: Iterable[Path]) -> tuple[str, ...]:
-        """Regular expressions for these paths and no other."""
-        return paths_as_target(paths, self.every)
+        """Regular expressions for these paths and no other, in the order of the model."""
+        chosen = set(paths)
+        return paths_as_target((path for path in self.every if path in chosen), self.every)
 
     def value(self, name: str) -> Array:
         """A parameter in the shape and orientation in which it is stored, in float32.

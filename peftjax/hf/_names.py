@@ -10,6 +10,7 @@ from typing import Any
 
 from peftjax._sites import Site
 from peftjax._types import Path
+from peftjax.hf._experts import fused
 
 Naming = Callable[[Path], str]
 """From a path to Hugging Face's name of that parameter, `{}` where the index of a layer is."""
@@ -111,6 +112,7 @@ class Table:
           stored: names of parameters or modules.
         """
         own = {name.rpartition('.')[0] for name in self.places} | set(self.places)
+        own |= {name.rpartition('.')[0] for name in fused(own)}
         stored = set(stored)
         counted = lambda names: Counter(f'{n.partition(".")[0]}.' for n in sorted(names))
         first = lambda names: [prefix for prefix, _ in counted(names).most_common(8)]

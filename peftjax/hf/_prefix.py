@@ -46,18 +46,34 @@ def count_layers(sites: tuple[Site, ...]) -> int:
     return sum(math.prod(s.sizes(s.stack)) for s in sites if s.path.startswith('@key'))
 
 
-def store_prefix(sites: tuple[Site, ...], phi: Mapping[Path, Any]) -> dict[str, np.ndarray]:
-    """All keys and values as the one array that is stored."""
+def store_prefix(sites: tuple[Site, ...], phi: Mapping[Path, Any]) -> np.ndarray:
+    """All keys and values as the one array that is stored, `(tokens, layers * 2 * out)`."""
+    return np.concatenate([one.reshape(len(one), -1) for one in _each(sites, phi, 'prefix')], 1)
+
+
+def store_network(sites: tuple[Site, ...], phi: Mapping[Path, Any]) -> dict[str, np.ndarray]:
+    """The network of a prefix as AdapterHub stores it."""
+    up, bias = _each(sites, phi, 'up'), _each(sites, phi, 'up_bias')
+    shared = {name: np.asarray(array) for name, array in phi[SHARED].items()}
+    return {
+        'wte.weight': shared['tokens'],
+        'control_trans.0.weight': shared['down'].T,
+        'control_trans.0.bias': shared['down_bias'],
+        'control_trans.2.weight': np.concatenate([one.reshape(len(one), -1).T for one in up]),
+        'control_trans.2.bias': np.concatenate([one.reshape(-1) for one in bias]),
+    }
+
+
+def _each(sites: tuple[Site, ...], phi: Mapping[Path, Any], name: str) -> list[np.ndarray]:
+    """An array of every layer's key, then value, in order."""
     layers = count_layers(sites)
-    rows: dict[tuple[int, int], np.ndarray] = {}
+    found: dict[tuple[int, int], np.ndarray] = {}
     for site in sites:
         which, indices = _where(site.path, layers)
-        prefix = np.asarray(phi[site.path]['prefix'])
-        each = prefix if site.stack else prefix[None]
-        for index, one in zip(indices, each, strict=True):
-            rows[index, which] = one.reshape(len(one), -1)
-    order = [rows[index, which] for index in range(layers) for which in (0, 1)]
-    return {STORED: np.concatenate(order, axis=1)}
+        array = np.asarray(phi[site.path][name])
+        each = array if site.stack else array[None]
+        found |= {(index, which): one for index, one in zip(indices, each, strict=True)}
+    return [found[index, which] for index in range(layers) for which in (0, 1)]
 
 
 def _where(path: Path, layers: int) -> tuple[int, list[int]]:
@@ -97,4 +113,4 @@ def _network(name: str, shape: tuple[int, ...]) -> Layout:
 
 def _one_way(array: Array) -> Array:
     del array
-    raise ValueError('a prefix is stored as a whole, and its network by AdapterHub alone')
+    raise ValueError('a prefix is stored as a whole')

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from peftjax._version import __version__
 from peftjax.hf._config import NAME
 from peftjax.hf._names import Naming, hugging_face_name
 from peftjax.hf._stored import PEFT_FILE
-from peftjax.hf._to_peft import Export
+from peftjax.hf._to_peft import to_peft
+from peftjax.hf._writing import Writing
 
 OURS = frozenset({NAME, PEFT_FILE, _manifest.MANIFEST})
 
@@ -76,7 +78,7 @@ def save_adapter(
     arrays = _arrays.host(phi)
     if not allow_nonfinite:
         _arrays.check_finite(arrays, 'phi')
-    export = Export(peft, phi, names)
+    export = to_peft(peft, phi, names)
     prompted = export.config['peft_type'] in ('PROMPT_TUNING', 'PREFIX_TUNING')
     if prompted and task_type is None:
         raise ValueError(
@@ -89,11 +91,13 @@ def save_adapter(
         'inference_mode': True,
         **export.config,
     }
+    for note in export.notes:
+        warnings.warn(note, stacklevel=2)
     _write(target, config, export.tensors, overwrite)
     return target
 
 
-def _check_head(task_type: str | None, export: Export) -> None:
+def _check_head(task_type: str | None, export: Writing) -> None:
     """PEFT takes it for granted that a classifier is trained with its adapter."""
     if task_type not in ('SEQ_CLS', 'TOKEN_CLS'):
         return

@@ -28,27 +28,33 @@ def suffixes(
       >>> suffixes(chosen, paths, hugging_face_name)
       ['down', 'mlp.up']
     """
-    kinds = {path: kind(naming(path)) for path in every}
-    others = {kinds[path] for path in kinds if path not in chosen}
-    found: dict[str, None] = {}
+    kinds = {path: together(naming(path)).rpartition('.')[0] for path in every}
+    others = {kind for path, kind in kinds.items() if path not in chosen}
+    mine: dict[str, tuple[str, ...]] = {}
     for path, modules in chosen.items():
-        end = '' if kinds[path] in others else _shortest(kinds[path], others)
-        found |= dict.fromkeys((end,) if end else modules)
-    return sorted(found)
+        mine[kinds[path]] = (*mine.get(kinds[path], ()), *modules)
+    return sorted({end for kind, names in mine.items() for end in ends(kind, names, others)})
 
 
-def kind(parameter: str) -> str:
-    """The module of a parameter, all layers taken together: `h.#.attn.up`."""
-    return re.sub(r'(?<=\.)(\d+|\{\})(?=\.)', '#', parameter).rpartition('.')[0]
+def ends(kind: str, names: tuple[str, ...], others: set[str], least: int = 1) -> tuple[str, ...]:
+    """The end of a name that is alike in all layers, or all the names where there is none.
 
-
-def _shortest(module: str, others: set[str]) -> str:
-    """The shortest end of a name with which no other name ends, or nothing."""
-    parts = module.split('.')
-    for count in range(1, len(parts) + 1):
+    Args:
+      kind: the name, all layers taken together.
+      names: in each layer.
+      others: from which it is told.
+      least: how many parts of the name the end must have.
+    """
+    parts = kind.split('.')
+    for count in range(least, len(parts) + 1) if kind not in others else ():
         end = '.'.join(parts[-count:])
         if '#' in end:
             break
         if not any(f'.{other}'.endswith(f'.{end}') for other in others):
-            return end
-    return ''
+            return (end,)
+    return names
+
+
+def together(name: str) -> str:
+    """A name, all layers taken together: `h.#.attn.up`."""
+    return re.sub(r'(?<=\.)(\d+|\{\})(?=\.)', '#', name)
