@@ -27,6 +27,7 @@ from peftjax.checkpoint import CheckpointError as CheckpointError
 from peftjax.checkpoint import Loaded as Loaded
 from peftjax.checkpoint import load as load
 from peftjax.checkpoint import save as save
+from peftjax.loop import At as At
 from peftjax.loop import Every as Every
 from peftjax.loop import NotFiniteError as NotFiniteError
 from peftjax.loop import Stop as Stop

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,6 +32,26 @@ class Every(NamedTuple):
     steps: int
     do: Callable[[int, TrainState], Any]
 
+    def due(self, step: int) -> bool:
+        """Whether it happens after this step."""
+        return step % self.steps == 0
+
+
+class At(NamedTuple):
+    """Something that happens after chosen steps.
+
+    Attributes:
+      steps: after which ones.
+      do: as of `Every`.
+    """
+
+    steps: Collection[int]
+    do: Callable[[int, TrainState], Any]
+
+    def due(self, step: int) -> bool:
+        """Whether it happens after this step."""
+        return step in self.steps
+
 
 class Stop(Exception):
     """Raised by what happens between steps: the training ends here, in good order."""
@@ -53,7 +73,7 @@ def fit(
     *,
     steps: int,
     on_loss: OnLoss | None = None,
-    events: Sequence[Every] = (),
+    events: Sequence[Every | At] = (),
     checkpoints: Checkpoints | None = None,
     save_every: int = 100,
     not_finite: Policy = 'skip',
@@ -108,7 +128,8 @@ def fit(
     """
     for name, value in (
         ('save_every', save_every), ('patience', patience), ('fetch_every', fetch_every),
-        *((f'events[{i}].steps', event.steps) for i, event in enumerate(events)),
+        *((f'events[{i}].steps', event.steps) for i, event in enumerate(events)
+          if isinstance(event, Every)),
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f'{name} must be at least 1: received {value}')
@@ -119,17 +140,17 @@ def fit(
         for count in range(int(state.step) + 1, steps + 1):
             state, loss = step(params, state, _next(batches, count, steps))
             watch.add(count, loss, state)
-            last, ending = count == steps, bool(told)
-            due = [event for event in events if count % event.steps == 0]
-            save = last or ending or count % save_every == 0
+            due = [event for event in events if event.due(count)]
+            save = count == steps or count % save_every == 0
             if due or save:
                 state = watch.fetch(state, everything=True)
             elif count % fetch_every == 0:
                 state = watch.fetch(state)
-            stopped = _stopped(due, count, state)
+            if stopped := _stopped(due, count, state) or bool(told):
+                state = watch.fetch(state, everything=True)
             if checkpoints is not None and (save or stopped):
                 checkpoints.save(state, checkpoints.position(batches))
-            if last or ending or stopped:
+            if stopped:
                 break
     if checkpoints is not None:
         checkpoints.wait()
@@ -149,7 +170,7 @@ def _next(batches: Iterator[Any], count: int, steps: int) -> Any:
         ) from None
 
 
-def _stopped(due: Sequence[Every], count: int, state: TrainState) -> bool:
+def _stopped(due: Sequence[Every | At], count: int, state: TrainState) -> bool:
     """Lets happen what is due; whether one of them ends the training."""
     stopped = False
     for event in due:

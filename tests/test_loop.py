@@ -126,7 +126,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint(unbroken, tmp_path):
     with checkpoints(tmp_path) as saved:
         with pytest.raises(pj.Terminated) as end:
             run(checkpoints=saved, events=[terminate(5)])
-        assert end.value.code == 143 and saved.steps() == [6]
+        assert end.value.code == 143 and saved.steps() == [5]
     assert signal.getsignal(signal.SIGTERM) == before
     with checkpoints(tmp_path) as saved:
         batches = stream()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FILE = 'options.toml'
-UNSAID = ('command', 'config', 'overwrite')
+UNSAID = ('command', 'config', 'overwrite', 'resume')
 """What a written file leaves out: how a run was asked for, and what became of an earlier one."""
 
 

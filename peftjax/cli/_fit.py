@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from peftjax import Peft, attach, data, start, train_step
-from peftjax.cli._loop import Evaluation, train
+from peftjax.cli._loop import Drawn, Evaluation, train
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
 from peftjax.cli._recipes import Recipe
@@ -125,7 +125,7 @@ class Fitter:
         compiled = self._step.seconds - compiled
         if evaluation is not None:
             evaluation.report(0, state.phi, watch)
-        counted = ((batch, int(batch['mask'].sum())) for batch in batches)
+        counted = Drawn(iter(batches), lambda batch: (batch, int(batch['mask'].sum())), watch)
         state = train(self._step, task.params, state, counted, len(batches), watch, evaluation)
         steps, peak = len(batches), self._step.peak_bytes
         return Fitted(self.peft, state.phi, watch.seconds, compiled, steps, peak)

@@ -1,8 +1,9 @@
-"""The loop that trains phi: steps, and evaluations between them."""
+"""Training as the commands do it: watched, evaluated on the way, saved where asked for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import peftjax as pj
 from peftjax.cli._watch import Watch
 
 
@@ -22,40 +23,82 @@ class Evaluation(NamedTuple):
         watch.report(step, {} if self.of is None else self.of(phi))
 
 
+class Saving(NamedTuple):
+    """Where states are kept while a run goes on.
+
+    Attributes:
+      checkpoints: of the run.
+      every: so many steps.
+    """
+
+    checkpoints: pj.Checkpoints
+    every: int
+
+
+class Drawn(Iterator[Any]):
+    """Batches as a step takes them, each noted by the watch; it stands where they stand."""
+
+    def __init__(self, batches: Any, of: Callable[[Any], tuple[Any, int]], watch: Watch):
+        self._batches, self._of, self._watch = batches, of, watch
+
+    def __next__(self) -> Any:
+        batch, tokens = self._of(next(self._batches))
+        self._watch.begin(tokens)
+        return batch
+
+    def state(self) -> Any:
+        """Where the batches stand."""
+        return self._batches.state()
+
+    def restore(self, state: Any) -> None:
+        """Goes there."""
+        self._batches.restore(state)
+
+
 def train(
     program: Callable[..., Any],
     params: Any,
     state: Any,
-    batches: Iterable[tuple[Any, int]],
+    batches: Drawn,
     steps: int,
     watch: Watch,
     evaluation: Evaluation | None = None,
+    saving: Saving | None = None,
 ) -> Any:
-    """Makes a step for each batch.
+    """Makes steps until there were so many.
 
     Args:
       program: `program(params, state, batch)` to the next state and the loss.
       params: theta.
       state: to start from, a `TrainState`.
-      batches: of each step, with the number of its tokens.
-      steps: how many there are.
+      batches: those that follow.
+      steps: of the whole run.
       watch: what measures.
       evaluation: what happens between steps.
+      saving: where states are kept.
 
     Returns:
       The last state.
 
     Raises:
       ValueError: the loss does not stay finite.
+      Terminated: the process was told to end.
     """
-    times = 0 if evaluation is None else evaluation.times
-    marks = {round(steps * i / times) for i in range(1, times + 1)}
-    for step, (batch, tokens) in enumerate(batches, 1):
-        watch.begin()
-        state, loss = program(params, state, batch)
-        watch.step(step, loss, tokens)
-        if evaluation is not None and step in marks:
-            watch.flush()
-            evaluation.report(step, state.phi, watch)
-    watch.flush()
-    return state
+    events = []
+    if evaluation is not None:
+        times = evaluation.times
+        marks = frozenset(round(steps * i / times) for i in range(1, times + 1))
+        events = [pj.At(marks, lambda step, now: evaluation.report(step, now.phi, watch))]
+    return pj.fit(
+        program,
+        params,
+        state,
+        batches,
+        steps=steps,
+        on_loss=watch.loss,
+        events=events,
+        checkpoints=None if saving is None else saving.checkpoints,
+        save_every=steps if saving is None else saving.every,
+        not_finite='stop',
+        fetch_every=1,
+    )

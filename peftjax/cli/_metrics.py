@@ -16,15 +16,20 @@ class Metrics:
     Args:
       out: the folder of the run, which is there.
       board: as from `board`, or None.
+      after: the step that a run goes on from: what is in the file up to there stays. None begins
+        the file.
 
     Attributes:
       rows: all that was written.
     """
 
-    def __init__(self, out: pathlib.Path, board: Any = None):
-        self.rows: list[dict[str, Any]] = []
-        self._file = (out / FILE).open('w', encoding='utf-8', buffering=1)
-        self._board = None if board is None else board(str(out / BOARD))
+    def __init__(self, out: pathlib.Path, board: Any = None, after: int | None = None):
+        path = out / FILE
+        self.rows = [] if after is None else [row for row in _read(path) if row['step'] <= after]
+        path.write_text(''.join(f'{json.dumps(row)}\n' for row in self.rows), encoding='utf-8')
+        self._file = path.open('a', encoding='utf-8', buffering=1)
+        again = {} if after is None else {'purge_step': after + 1}
+        self._board = None if board is None else board(str(out / BOARD), **again)
 
     def __enter__(self) -> 'Metrics':
         """Itself."""
@@ -43,6 +48,17 @@ class Metrics:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file, up to one that was cut off."""
+    rows = []
+    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def board() -> Any:

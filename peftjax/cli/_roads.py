@@ -55,6 +55,8 @@ LANGUAGE = Road(
         'quantize': None,
         'embeddings': False,
         'remat': 'names',
+        'save_every': 100,
+        'resume': False,
         **MEASURED,
     },
 )

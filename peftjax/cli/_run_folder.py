@@ -3,11 +3,14 @@
 import pathlib
 import shutil
 
-from peftjax import checkpoint
+from peftjax import checkpoint, resume
 from peftjax.cli import _config, _metrics, _plot
 
 ADAPTER = 'adapter'
 """Where the adapter lies in it."""
+
+CHECKPOINTS = 'checkpoints'
+"""Where states lie while a run goes on."""
 
 
 def clear(out: pathlib.Path) -> None:
@@ -27,6 +30,19 @@ def clear(out: pathlib.Path) -> None:
     adapter = out / ADAPTER
     if (adapter / 'manifest.json').is_file():
         shutil.rmtree(adapter)
+    finish(out)
+
+
+def finish(out: pathlib.Path) -> None:
+    """Removes what a run is taken up again from."""
+    checkpoints = out / CHECKPOINTS
+    if (checkpoints / resume.FILE).is_file():
+        shutil.rmtree(checkpoints)
+
+
+def is_finished(out: pathlib.Path) -> bool:
+    """Whether a run in this folder has come to its end."""
+    return (out / ADAPTER / checkpoint.ADAPTER).is_file()
 
 
 def find(folder: pathlib.Path) -> pathlib.Path:

@@ -1,64 +1,73 @@
 """What is measured and shown while a method is trained."""
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from peftjax.cli._metrics import Metrics
 
 
 class Watch:
-    """Measures training: fetches each loss while the next step runs, stops for evaluations.
+    """Measures training, but for compilation and evaluations.
 
     Args:
       name: of what is trained.
       rates: the learning rate of each step.
       bar: where to show.
-      metrics: where to write; None writes nothing.
+      metrics: where to write; None writes nothing. What it holds of an earlier start counts.
 
     Attributes:
-      seconds: of training, without compilation and evaluations.
+      seconds: of training.
       tokens: trained on, padding not counted.
     """
 
     def __init__(self, name: str, rates: np.ndarray, bar: Any, metrics: Metrics | None = None):
-        self.seconds, self.tokens = 0.0, 0
+        earlier = [row for row in metrics.rows if 'loss' in row] if metrics is not None else []
+        self.seconds = earlier[-1]['seconds'] if earlier else 0.0
+        self.tokens = earlier[-1]['tokens'] if earlier else 0
         self._name, self._rates, self._bar, self._metrics = name, rates, bar, metrics
-        self._waiting: tuple[int, jax.Array, int] | None = None
+        self._drawn: deque[int] = deque()
         self._since: float | None = None
         self._recent: list[float] = []
+        self._bar.update(len(earlier))
 
-    def begin(self) -> None:
-        """Goes on measuring time."""
+    def begin(self, tokens: int) -> None:
+        """Takes note of a batch, whose step begins now."""
         self._since = time.perf_counter() if self._since is None else self._since
+        self._drawn.append(tokens)
 
-    def step(self, step: int, loss: jax.Array, tokens: int) -> None:
-        """Takes note of a step that was begun.
-
-        Raises:
-          ValueError: the loss of the one before is not finite.
-        """
-        self._fetch()
-        self._waiting = (step, loss, tokens)
-
-    def flush(self) -> None:
-        """Waits for the last step.
+    def loss(self, step: int, value: float) -> None:
+        """Takes note of a loss, those of all steps in order.
 
         Raises:
-          ValueError: its loss is not finite.
+          ValueError: it is not finite.
         """
-        self._fetch()
-        self._since = None
+        now = time.perf_counter()
+        assert self._since is not None
+        self.seconds, self._since = self.seconds + now - self._since, now
+        if not np.isfinite(value):
+            raise ValueError(
+                f'{self._name}: the loss must stay finite; it is {value} at step {step}. Lower the '
+                f'learning rate (now {self._rates.max():g})'
+            )
+        self.tokens += self._drawn.popleft()
+        self._recent.append(value)
+        rate = float(self._rates[step - 1])
+        known = {'loss': value, 'rate': rate, 'tokens': self.tokens, 'seconds': self.seconds}
+        self._write(step, known)
+        speed = f'{self.tokens / self.seconds:,.0f}'
+        self._bar.set_postfix({'loss': f'{value:.4f}', 'tokens/s': speed}, refresh=False)
+        self._bar.update()
 
     def tick(self) -> None:
         """Shows a step that has no loss."""
         self._bar.update()
 
     def report(self, step: int, found: Mapping[str, float]) -> None:
-        """Says how things stand.
+        """Says how things stand; the time until the next batch does not count.
 
         Args:
           step: how many were made.
@@ -72,33 +81,10 @@ class Watch:
             said += [f'{name.replace("_", " ")} {value:.4f}' for name, value in found.items()]
         if self.seconds:
             said += [f'{self.tokens / self.seconds:,.0f} tokens/s']
-        self._recent = []
+        self._recent, self._since = [], None
         if len(said) > 1:
             self._bar.write('  '.join(said))
         self._bar.unpause()  # compilation and evaluations say nothing of the time left
-
-    def _fetch(self) -> None:
-        if self._waiting is None:
-            return
-        step, loss, tokens = self._waiting
-        self._waiting = None
-        value = float(loss)
-        now = time.perf_counter()
-        assert self._since is not None
-        self.seconds, self._since = self.seconds + now - self._since, now
-        if not np.isfinite(value):
-            raise ValueError(
-                f'{self._name}: the loss must stay finite; it is {value} at step {step}. Lower the '
-                f'learning rate (now {self._rates.max():g})'
-            )
-        self.tokens += tokens
-        self._recent.append(value)
-        rate = float(self._rates[step - 1])
-        known = {'loss': value, 'rate': rate, 'tokens': self.tokens, 'seconds': self.seconds}
-        self._write(step, known)
-        speed = f'{self.tokens / self.seconds:,.0f}'
-        self._bar.set_postfix({'loss': f'{value:.4f}', 'tokens/s': speed}, refresh=False)
-        self._bar.update()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._metrics is not None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import struct
 import sys
 import types
@@ -9,6 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from commands import call
 from talker import COLORS, PROMPTS
 
 from peftjax import checkpoint, data, models
@@ -123,7 +125,8 @@ def test_options_give_the_same_run_again(peftjax, tune, tmp_path, monkeypatch):
         same = ('tune', '--config', first / 'options.toml', '--out', again)
         assert peftjax(*same).code == 130
     assert [row['step'] for row in rows(again, 'loss')] == [1, 2]  # kept, though cut off
-    assert {path.name for path in again.iterdir()} == {'metrics.jsonl', 'options.toml'}
+    left = {path.name for path in again.iterdir()}
+    assert left == {'checkpoints', 'metrics.jsonl', 'options.toml'}
     (again / 'notes.txt').write_text('mine')
     assert peftjax(*same).code == 2
     ran = peftjax(*same, '--overwrite')
@@ -135,6 +138,53 @@ def test_options_give_the_same_run_again(peftjax, tune, tmp_path, monkeypatch):
     assert all((a == b).all() for a, b in zip(*trained, strict=True))
     lines = [(run / 'options.toml').read_text().splitlines() for run in (first, again)]
     assert [a for a, b in zip(*lines, strict=True) if a != b] == [f'out = "{first}"']
+
+
+@pytest.fixture(scope='module')
+def unbroken(talk, tmp_path_factory):
+    """A run of nine steps, with evaluations."""
+    out = tmp_path_factory.mktemp('unbroken')
+    assert call('tune', '--model', talk.model, '--data', talk.data, *NINE, '--out', out) == 0
+    return out
+
+
+NINE = ('--steps', 9, '--batch', 2, '--length', 20, '--evaluations', 3, '--eval-part', 0.2)
+SIGNALS = {
+    'interrupted': (lambda: signal.raise_signal(signal.SIGINT), 130, 4),
+    'told to end': (lambda: signal.raise_signal(signal.SIGTERM), 143, 6),
+}
+
+
+@pytest.mark.parametrize('how', SIGNALS)
+def test_a_run_that_was_cut_off_goes_on(peftjax, tune, unbroken, tmp_path, monkeypatch, how):
+    cut, code, left = SIGNALS[how]
+    add = Metrics.add
+
+    def adding(self, step, values):
+        add(self, step, values)
+        if step == 5:
+            cut()
+
+    out = tmp_path / 'out'
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, 'add', adding)
+        assert tune(*NINE, '--save-every', 2, '--out', out).code == code
+    with (out / 'metrics.jsonl').open('a') as file:
+        file.write('{"step": 6, "lo')  # as if the process had been killed
+    other = tune(*NINE, '--rate', 1e-5, '--out', out, '--resume')
+    assert other.code == 2 and 'rate was 0.0002 and is 1e-05 now' in other.err
+    ran = peftjax('tune', '--config', out / 'options.toml', '--resume')
+    assert ran.code == 0 and f'goes on after step {left}' in ran.out, ran.err
+    for name in ('loss', 'evaluation_loss'):
+        assert [(r['step'], r[name]) for r in rows(unbroken, name)] == [
+            (r['step'], r[name]) for r in rows(out, name)
+        ]
+    assert rows(out, 'loss')[-1]['tokens'] == rows(unbroken, 'loss')[-1]['tokens']
+    trained = [jax.tree.leaves(checkpoint.load(run / 'adapter').phi) for run in (unbroken, out)]
+    assert all((a == b).all() for a, b in zip(*trained, strict=True))
+    assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
+    ran = peftjax('tune', '--config', out / 'options.toml', '--resume')
+    assert ran.code == 0 and 'has come to its end' in ran.out
 
 
 def test_all_commands_write_options_that_are_read_as_what_was_asked(compared, tuned):

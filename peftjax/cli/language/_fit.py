@@ -1,8 +1,6 @@
 """Trains one method on a language model's rows."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ import optax
 
 import peftjax as pj
 from peftjax import data
-from peftjax.cli._loop import Evaluation, train
+from peftjax.cli._loop import Drawn, Evaluation, Saving, train
 from peftjax.cli._programs import Programs
 from peftjax.cli._watch import Watch
 from peftjax.cli.language._task import Task, arguments, fused
@@ -101,49 +99,54 @@ class Fitter:
         self._step = Programs(pj.train_step(loss, self._tx))
         self._loss = Programs(jax.jit(lambda params, phi, batch: loss(params, phi, batch)))
 
-    def fit(self, split: Any, seed: int, evaluations: int, watch: Watch) -> Fitted:
+    def start(self, seed: int) -> pj.TrainState:
+        """A fresh state."""
+        for_phi, for_steps = jax.random.split(jax.random.key(seed))
+        phi = jax.jit(self.peft.init)(for_phi, self.task.params)
+        return pj.start(self._tx, phi, for_steps)
+
+    def batches(self, rows: data.Rows, seed: int) -> data.Batches:
+        """At least as many batches as there are steps."""
+        size, steps = self.settings.batch, self.settings.steps
+        per_epoch = -(-len(rows) // size)
+        return data.Batches(rows, size, seed=seed, epochs=-(-steps // per_epoch))
+
+    def fit(
+        self,
+        split: Any,
+        state: pj.TrainState,
+        batches: data.Batches,
+        evaluations: int,
+        watch: Watch,
+        saving: Saving | None = None,
+    ) -> Fitted:
         """Trains.
 
         Args:
           split: rows to `train` on, and those `held` for evaluation, or None.
-          seed: of phi, order and dropout.
+          state: to begin with.
+          batches: those that follow.
           evaluations: how many there shall be after the one before the first step.
           watch: what measures and shows.
+          saving: where states are kept.
 
         Returns:
           What was found, and what it took.
 
         Raises:
           ValueError: the loss does not stay finite.
+          Terminated: the process was told to end.
         """
-        settings, task = self.settings, self.task
-        for_phi, for_steps = jax.random.split(jax.random.key(seed))
-        phi = jax.jit(self.peft.init)(for_phi, task.params)
-        state = pj.start(self._tx, phi, for_steps)
-        batches = self._batches(split.train, seed)
-        first = next(batches)
-        self._step.prepare(task.params, state, first[0])
-        held = split.held
+        task, held = self.task, split.held
+        some = split.train.batch([0], self.settings.batch)
+        self._step.prepare(task.params, state, arguments(some))
         evaluation = Evaluation(None if held is None else partial(self.evaluate, held), evaluations)
-        evaluation.report(0, state.phi, watch)
-        state = train(
-            self._step,
-            task.params,
-            state,
-            itertools.chain([first], batches),
-            settings.steps,
-            watch,
-            evaluation,
-        )
+        if not int(state.step):
+            evaluation.report(0, state.phi, watch)
+        drawn = Drawn(batches, _counted, watch)
+        steps = self.settings.steps
+        state = train(self._step, task.params, state, drawn, steps, watch, evaluation, saving)
         return Fitted(state.phi, watch.seconds, watch.tokens, self._step.peak_bytes)
-
-    def _batches(self, rows: data.Rows, seed: int) -> Iterator[tuple[dict, int]]:
-        """As many batches as there are steps, each with the number of its tokens."""
-        size, steps = self.settings.batch, self.settings.steps
-        per_epoch = -(-len(rows) // size)
-        batches = data.Batches(rows, size, seed=seed, epochs=-(-steps // per_epoch))
-        for batch in itertools.islice(batches, steps):
-            yield arguments(batch), int((batch.segment_ids > 0).sum())
 
     def evaluate(self, rows: data.Rows, phi: Any) -> dict[str, float]:
         """The mean loss of all tokens to learn."""
@@ -153,3 +156,8 @@ class Fitter:
         ]
         total, count = (float(sum(map(float, column))) for column in zip(*parts, strict=True))
         return {'evaluation_loss': total / count}
+
+
+def _counted(batch: data.LanguageBatch) -> tuple[dict[str, Any], int]:
+    """A batch as the loss takes it, and its tokens without padding."""
+    return arguments(batch), int((batch.segment_ids > 0).sum())
