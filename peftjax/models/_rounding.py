@@ -10,7 +10,7 @@ import numpy as np
 from peftjax._quantized import Quantized, Scheme
 from peftjax.models._fill import Plan, aligned, part
 
-PART = 2**22
+PART = 2**20
 """About how many numbers are read at once."""
 
 Seen = Callable[[np.ndarray, Quantized], None]

@@ -205,7 +205,7 @@ def test_wrong_folders_are_told_apart(peftjax, adapters, model, tmp_path):
         ('import', tmp_path / 'none', '--model', model, *new): 'no such folder',
         ('import', model, '--model', model, *new): 'must hold adapter_config.json',
         ('import', peft, '--model', tmp_path / 'none', *new): 'no such model folder',
-        ('quantize', adapters['lora'], *new): 'must hold config.json',
+        ('quantize', adapters['lora'], *new): 'Name that model',
         ('quantize', model, *new, '--target', 'nothing'): 'no leaf matches',
         ('quantize', model, '--out', peft): 'Choose another --out',
         ('quantize', model, *new, '--scheme', 'nf3'): 'invalid choice',
