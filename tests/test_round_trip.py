@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from interop import call
 from safetensors.numpy import load_file
-from test_conformance import BESIDE, CASES, ELSEWHERE, UNROLLED_ONLY, WITH_GRADIENTS, encoders, load
+from test_conformance import (
+    BESIDE,
+    CASES,
+    ELSEWHERE,
+    OUTPUTS_ONLY,
+    UNROLLED_ONLY,
+    WITH_GRADIENTS,
+    encoders,
+    load,
+)
 
 import peftjax as pj
 from peftjax.hf import _load, _stored
@@ -87,6 +96,52 @@ def test_peft(name, scan_layers, tmp_path):
         assert all(np.array_equal(tensor, theirs[n]) for n, tensor in ours.items())
 
 
+HUB = (
+    *(name for name in WITH_GRADIENTS + OUTPUTS_ONLY if '/ah_' in name),
+    *(name for name in ELSEWHERE if name.startswith('ah_')),
+    'encoder/ah_composition_bert/a',
+    'encoder/ah_composition_bert/avg_a25_b75',
+)
+
+
+@encoders
+@pytest.mark.parametrize('name', HUB)
+def test_adapterhub(name, scan_layers, tmp_path):
+    """Every file is as theirs: the same settings, names, shapes and values."""
+    if scan_layers and name in UNROLLED_ONLY:
+        pytest.skip('layers of different widths')
+    folder = folder_of(name)
+    case, theirs = load(folder, scan_layers=scan_layers), settings(folder)
+    kept = case.opened.stored
+    related = 'dora' in name  # Its magnitudes stand in relation to the base, and are computed.
+    written = pj.hf.save_adapter(
+        tmp_path,
+        case.peft,
+        case.phi(),
+        format='adapterhub',
+        name=theirs['name'],
+        model_type=theirs['model_type'],
+        head=kept.head,
+        params=case.params if related else None,
+    )
+    again = opened(case, written)
+    assert again.peft.method == case.peft.method
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5 if related else 0)
+    jax.tree.map(near, again.phi(again.stored.tensors), case.phi())
+    assert settings(written) == theirs
+    for file in ('adapter.safetensors', 'model_head.safetensors', 'head_config.json'):
+        assert (written / file).exists() == (folder / file).exists()
+        if file.endswith('.json') and (folder / file).exists():
+            assert json.loads((written / file).read_text()) == json.loads(
+                (folder / file).read_text()
+            )
+        elif (folder / file).exists():
+            ours, their = load_file(written / file), load_file(folder / file)
+            assert ours.keys() == their.keys()
+            assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in their.items()}
+            jax.tree.map(near, ours, their)
+
+
 def _plain(value):
     return sorted(value) if isinstance(value, list) else value
 
@@ -123,13 +178,17 @@ def moe(kind, scan_layers=True):
     return model.apply_fn, jax.eval_shape(model.init, jax.random.key(0), IDS)['params'], IDS
 
 
-def attached(method, apply_fn, params, x):
+def attached(method, apply_fn, params, *args, **kwargs):
     """A plan and a phi for it, drawn at random."""
-    peft, draw = pj.attach(method, apply_fn, params, x), np.random.default_rng(0)
+    peft, draw = pj.attach(method, apply_fn, params, *args, **kwargs), np.random.default_rng(0)
     phi = {}
     for where, shape, _ in peft.phi:
-        path, _, name = where.rpartition('/')
-        phi.setdefault(path, {})[name] = draw.normal(size=shape).astype(np.float32)
+        keys = next((k for k, _ in method.parts if where.startswith('/'.join((*k, '')))), ())
+        path, _, name = where.removeprefix('/'.join((*keys, ''))).rpartition('/')
+        home = phi
+        for key in (*keys, path):
+            home = home.setdefault(key, {})
+        home[name] = draw.normal(size=shape).astype(np.float32)
     return peft, phi
 
 

@@ -1,4 +1,4 @@
-"""Adapters of other libraries: Hugging Face PEFT's folders in and out, AdapterHub's in."""
+"""Adapters of other libraries: folders of Hugging Face PEFT and AdapterHub, in and out."""
 
 from peftjax.hf._load import LoadedAdapter as LoadedAdapter
 from peftjax.hf._load import load_adapter as load_adapter

@@ -17,17 +17,17 @@ NOTHING = (None, False, 0, '', [], {})
 """Values by which an unknown key says that it is not used."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the configuration in a folder.
+def read_config(folder: Path, name: str = NAME) -> dict[str, Any]:
+    """The content of a configuration in a folder.
 
     Raises:
       FileNotFoundError: there is none.
       CheckpointError: it is not a JSON object in UTF-8 of reasonable size and depth.
     """
-    path = folder / NAME
+    path = folder / name
     if not path.is_file():
         raise FileNotFoundError(
-            f'a folder with an adapter must hold {NAME}; {str(folder)!r} does not'
+            f'a folder with an adapter must hold {name}; {str(folder)!r} does not'
         )
     if path.stat().st_size > LARGEST:
         raise CheckpointError(

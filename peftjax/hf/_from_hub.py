@@ -1,17 +1,21 @@
 """From a configuration of AdapterHub's `adapters` to a plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
+from peftjax._method import Method
 from peftjax.hf._config import Fields
 from peftjax.hf._draft import Draft
 from peftjax.hf._from_hub_lora import plan_hub_lora
 from peftjax.hf._from_peft import SUFFIX, check_named
+from peftjax.hf._hub import STARTS, activation
 from peftjax.hf._model import Model
 from peftjax.hf._plan import Plan, require
+from peftjax.hf._prefix import STORED
 from peftjax.hf._stored import Stored
 from peftjax.methods import Adapter, PrefixTuning, PromptTuning
-from peftjax.methods.adapter import ACTIVATIONS
 
 BOOKKEEPING = ('hidden_size', 'model_class', 'model_name', 'model_type', 'name', 'version')
 
@@ -29,10 +33,9 @@ BIDIRECTIONAL = (
 )
 """Models in which virtual tokens may lie at the back, so that real ones keep their positions."""
 
-ACTIVATION = {'swish': 'silu', 'gelu_new': 'gelu_tanh', 'linear': 'identity'}
 NORM = {(0, 0): '', (1, 0): 'before', (0, 1): 'after', (1, 1): 'both'}
 
-IDLE = ('dropout', 'init_weights', 'init_weights_seed', 'stochastic_depth')
+IDLE = ('dropout', 'init_weights_seed', 'stochastic_depth')
 UNUSED_PHM = (
     'factorized_phm_W',
     'factorized_phm_rule',
@@ -87,9 +90,24 @@ def plan_hub(fields: Fields, stored: Stored, model: Model) -> Plan:
         draft.note_idle(part, IDLE)
         KINDS[kind](part, stored, model, draft)
         draft.unknown |= part.rest()
+    _check_gates(fields, draft.methods.values())
     _head(stored, model, draft)
     draft.unknown |= fields.rest()
     return draft.plan(model)
+
+
+def _check_gates(fields: Fields, methods: Iterable[Method]) -> None:
+    """A gate is a mean over tokens, and a prefix has tokens here that it has not there.
+
+    Raises:
+      ValueError: there are both.
+    """
+    gated = any(isinstance(one, Adapter) and one.gate for one in methods)
+    if gated and any(isinstance(one, PrefixTuning) for one in methods):
+        raise ValueError(
+            f'{fields.where}: use_gating beside a prefix has no counterpart here: a gate is a '
+            'mean over all tokens, those of the prefix among them'
+        )
 
 
 def _bottleneck(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
@@ -99,10 +117,10 @@ def _bottleneck(fields: Fields, stored: Stored, model: Model, draft: Draft) -> N
     places = {'attention': fields.flag('mh_adapter'), 'mlp': fields.flag('output_adapter')}
     for place, used in places.items():
         if used:
-            draft.methods[f'adapter_{place}'] = _adapter(fields, place, stored, model)
+            draft.methods[f'adapter_{place}'] = _adapter(fields, place, stored, model, draft)
 
 
-def _adapter(fields: Fields, place: str, stored: Stored, model: Model) -> Adapter:
+def _adapter(fields: Fields, place: str, stored: Stored, model: Model, draft: Draft) -> Adapter:
     """The adapter after one half of a block."""
     parallel, before = fields.flag('is_parallel'), fields.flag('ln_before')
     after, inner = fields.flag('ln_after'), fields.flag('adapter_residual_before_ln')
@@ -116,17 +134,20 @@ def _adapter(fields: Fields, place: str, stored: Stored, model: Model) -> Adapte
         )
     if parallel and place == 'attention':
         raise ValueError(f'{fields.where}: no adapter here is parallel to attention')
+    if parallel and after:
+        raise ValueError(f'{fields.where}: no parallel adapter here has a norm of its own sum')
     layers = _layers(place, fields.integers('leave_out'), stored, model)
-    activation = fields.text('non_linearity', 'relu')
-    activation = ACTIVATION.get(activation, activation)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f'{fields.where}: non_linearity {activation!r:.60} has no counterpart here'
-        )
+    theirs = fields.text('non_linearity', 'relu')
+    if not (ours := activation(theirs)):
+        raise ValueError(f'{fields.where}: non_linearity {theirs!r:.60} has no counterpart here')
+    start = fields.text('init_weights', 'bert')
+    if start not in STARTS:
+        draft.note_idle(fields, ('init_weights',))
     return Adapter(
         target=model.target(layers),
         source='@attention_residual' if parallel else source,
-        activation=activation,
+        activation=ours,
+        initial=STARTS.get(start, 'identity'),
         scale=_scale(fields),
         norm=NORM[before, after],
         gate=fields.flag('use_gating'),
@@ -204,9 +225,35 @@ def _prefix(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     check_named(model)
     if flat:
         draft.rewrites.append(lambda tensors: _flat(tensors, length))
+    elif _reads_wider(stored, model):
+        flat = True
+        draft.rewrites.append(_made)
+        draft.notes.append(
+            'the network of the prefix reads tokens of another width than a key: what it makes is '
+            'loaded, as a direct prefix'
+        )
     draft.methods['prefix_tuning'] = PrefixTuning(
         length=length, projection=0 if flat else width, **_side(stored)
     )
+
+
+def _reads_wider(stored: Stored, model: Model) -> bool:
+    """Whether a network reads tokens as wide as the model, where keys are narrower."""
+    tokens, up = (stored.tensors.get(f'prefix.{n}.weight') for n in ('wte', 'control_trans.2'))
+    keys = [path for path in model.table.named if path.partition('/')[0] == '@key']
+    layers = sum(len(model.table.modules(path)) for path in keys)
+    return tokens is not None and up is not None and tokens.shape[1] != len(up) // (2 * layers)
+
+
+def _made(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A network to the prefix that it makes."""
+    names = ('wte', 'control_trans.0', 'control_trans.2')
+    tokens, down, up = (jnp.asarray(tensors[f'prefix.{name}.weight']) for name in names)
+    biases = (jnp.asarray(tensors[f'prefix.{name}.bias'])[None] for name in names[1:])
+    down_bias, up_bias = biases
+    made = jnp.tanh(tokens @ down.T + down_bias) @ up.T + up_bias
+    left = {name: tensor for name, tensor in tensors.items() if not name.startswith('prefix.')}
+    return {**left, STORED: made}
 
 
 def _flat(tensors: dict[str, Any], length: int) -> dict[str, Any]:
@@ -215,7 +262,7 @@ def _flat(tensors: dict[str, Any], length: int) -> dict[str, Any]:
     if 'prefix.control_trans' in found:
         vector = found.pop('prefix.control_trans')
         rows = length if vector.size % length == 0 else 1
-        found['prompt_embeddings'] = vector.reshape(rows, -1)
+        found[STORED] = vector.reshape(rows, -1)
     return found
 
 

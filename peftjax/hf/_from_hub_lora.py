@@ -29,6 +29,7 @@ def plan_hub_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) ->
             'dtype': 'factors of another dtype',
         }
     )
+    draft.note_idle(fields, ('init_weights',))
     scaling = fields.text('composition_mode', 'add') == 'scale'
     rank, alpha = fields.integer('r', 8), fields.number('alpha', 8)
     suffix = '.ia3_l' if scaling else '.lora_A.weight'
@@ -41,8 +42,12 @@ def plan_hub_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) ->
         draft.rewrites += [_spread_scale(module, parts) for module in fused]
         draft.methods['ia3'] = Ia3(target=target)
         return
-    draft.rewrites += [_spread_pair(module, parts) for module in fused]
-    wide = model.target(p for p, names in leaves.items() if names[0].endswith(f'.{FUSED}'))
+    wide: tuple[str, ...] = ()
+    if _in_common(stored, fused, parts):
+        draft.rewrites += [_one_pair(module, rank) for module in fused]
+    elif fused:
+        draft.rewrites += [_spread_pair(module, parts) for module in fused]
+        wide = model.target(p for p, names in leaves.items() if names[0].endswith(f'.{FUSED}'))
     dora = fields.flag('use_dora')
     draft.methods['dora' if dora else 'lora'] = (Dora if dora else Lora)(
         target=target,
@@ -106,6 +111,21 @@ def _spread_scale(module: str, parts: tuple[int, ...]) -> Any:
         return tensors | {name: whole.reshape(-1, 1)}
 
     return rewrite
+
+
+def _in_common(stored: Stored, fused: list[str], parts: tuple[int, ...]) -> bool:
+    """Whether query, key and value have all ranks in common, as where one pair was for all."""
+    each = [stored.tensors[f'{module}.lora_A.weight'] for module in fused]
+    if len(parts) < 3 or not all(len(a) % 3 == 0 for a in each):
+        return False
+    thirds = [a.reshape(3, -1, a.shape[1]) for a in each]
+    return bool(each) and all((a == a[:1]).all() for a in thirds)
+
+
+def _one_pair(module: str, rank: int) -> Any:
+    """A pair that is written once for each of the three to the one that it was."""
+    name = f'{module}.lora_A.weight'
+    return lambda tensors: tensors | {name: tensors[name][:rank]}
 
 
 def _spread_pair(module: str, parts: tuple[int, ...]) -> Any:

@@ -36,6 +36,7 @@ class LoadedAdapter:
       unused: keys of the configuration that are set and have no effect on a trained adapter.
       ignored: with `strict=False`, unknown keys and tensors without a place here.
       notes: what the user should know.
+      head: what AdapterHub says of a prediction head; `save_adapter` takes it.
       verified: whether a manifest of ours was there and every file was as sealed. Foreign folders
         have none: damage to their values is not noticed.
     """
@@ -48,6 +49,7 @@ class LoadedAdapter:
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
+    head: dict[str, Any] | None
     verified: bool
 
 
@@ -135,6 +137,7 @@ def load_adapter(
         unused=plan.listed,
         ignored=opened.ignored,
         notes=plan.notes,
+        head=stored.head,
         verified=verified,
     )
 

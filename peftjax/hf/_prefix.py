@@ -1,7 +1,8 @@
 """Virtual tokens as they are stored: one array for all layers."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import numpy as np
 from peftjax._sites import Site
 from peftjax._types import Array, Path
 from peftjax.hf._layout import Layout, Slot
+from peftjax.hf._names import LISTS
 from peftjax.methods.prefix import SHARED
 
 STORED = 'prompt_embeddings'
+INDEX = re.compile(rf'(?:^|/)(?:{"|".join(one for one in LISTS if one != "experts")})/(\d+)/')
 KEY_VALUE = ('@key', '@value')
 
 
@@ -44,6 +47,26 @@ def prefix_layout(path: Path, name: str, shape: tuple[int, ...], sites: tuple[Si
 def count_layers(sites: tuple[Site, ...]) -> int:
     """How many layers the keys and values of a method come from."""
     return sum(math.prod(s.sizes(s.stack)) for s in sites if s.path.startswith('@key'))
+
+
+def check_layers(sites: tuple[Site, ...], paths: Iterable[Path]) -> None:
+    """Refuses a prefix that some layers are without.
+
+    Args:
+      sites: all that the method adapts.
+      paths: of the parameters of the base, which say how many layers it has, unless they are in a
+        scan.
+
+    Raises:
+      ValueError: there are such layers.
+    """
+    layers = count_layers(sites)
+    mine = {index for site in sites for index in _where(site.path, layers)[1]}
+    all_of_them = {int(found) for path in paths for found in INDEX.findall(path)} or mine
+    if mine != all_of_them:
+        raise ValueError(
+            f'a prefix has all layers; this one has {sorted(mine)} of {len(all_of_them)}. Use save'
+        )
 
 
 def store_prefix(sites: tuple[Site, ...], phi: Mapping[Path, Any]) -> np.ndarray:

@@ -1,24 +1,42 @@
-"""`save_adapter`: a plan and its phi as a folder that Hugging Face PEFT loads."""
+"""`save_adapter`: a plan and its phi as a folder that PEFT or AdapterHub loads."""
 
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from peftjax import _arrays, _folder, _manifest, _names
 from peftjax._peft import Peft
-from peftjax._types import Phi
+from peftjax._types import Phi, PyTree
 from peftjax._version import __version__
 from peftjax.hf._config import NAME
+from peftjax.hf._hub_writing import About, about_hub
 from peftjax.hf._names import Naming, hugging_face_name
-from peftjax.hf._stored import PEFT_FILE
+from peftjax.hf._stored import HUB_FILE, HUB_HEAD, HUB_HEAD_CONFIG, PEFT_FILE
+from peftjax.hf._to_hub import to_hub
 from peftjax.hf._to_peft import to_peft
 from peftjax.hf._writing import Writing
 
-OURS = frozenset({NAME, PEFT_FILE, _manifest.MANIFEST})
+FORMATS = ('peft', 'adapterhub')
+OURS = frozenset({NAME, PEFT_FILE, HUB_FILE, HUB_HEAD, HUB_HEAD_CONFIG, _manifest.MANIFEST})
+
+
+class Content(NamedTuple):
+    """What goes into a folder.
+
+    Attributes:
+      configs: by file.
+      tensors: by file.
+      notes: what the user should know.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, np.ndarray]]
+    notes: list[str]
 
 
 def save_adapter(
@@ -26,25 +44,38 @@ def save_adapter(
     peft: Peft,
     phi: Phi,
     *,
+    format: str = 'peft',
     base_model: str | None = None,
     task_type: str | None = None,
+    model_type: str | None = None,
+    head: Mapping[str, Any] | None = None,
+    params: PyTree | None = None,
     name: str | None = None,
     names: Naming = hugging_face_name,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
 ) -> Path:
-    """Saves a plan and its phi as an adapter of Hugging Face PEFT, whole or not at all.
+    """Saves a plan and its phi as an adapter of another library, whole or not at all.
 
-    `adapter_config.json` and `adapter_model.safetensors`, as PEFT 0.21 writes them, and a manifest
-    with their digests, which PEFT does not look at.
+    `adapter_config.json` and tensors in safetensors as Hugging Face PEFT 0.21 or AdapterHub's
+    `adapters` 1.3 write them, and a manifest with their digests, which they do not look at.
+    `PeftModel.from_pretrained(base, folder)` reads the one, `model.load_adapter(folder,
+    use_safetensors=True)` the other.
 
     Args:
       directory: the folder to make, or with `name` the one to make it in.
-      peft: as from `attach`; a prefix that is trained through a network is folded.
+      peft: as from `attach`; for PEFT, a prefix that is trained through a network is folded.
       phi: of it.
-      base_model: what PEFT calls `base_model_name_or_path`.
+      format: `peft` or `adapterhub`.
+      base_model: what they call `base_model_name_or_path` or `model_name`.
       task_type: `CAUSAL_LM`, `SEQ_CLS`, …; PEFT needs it for prompts and prefixes.
-      name: a plain name for the folder, never a way out of `directory`.
+      model_type: as in the base's `config.json`; AdapterHub needs it, since it has places of its
+        own in each kind of model.
+      head: of a prediction head trained as `heads/…`, what AdapterHub calls its configuration; as
+        in `LoadedAdapter.head`.
+      params: the base, for what stands in relation to its values: `Dora` in AdapterHub.
+      name: a plain name for the folder, never a way out of `directory`. The folder's name is the
+        adapter's name in AdapterHub.
       names: as of `load_adapter`.
       overwrite: whether to replace an adapter that was saved so.
       allow_nonfinite: whether NaN and Inf may be saved.
@@ -53,11 +84,15 @@ def save_adapter(
       The folder, as an absolute path.
 
     Raises:
-      ValueError: PEFT has no counterpart, or `name` or a value of phi is refused; nothing was
-        written.
+      ValueError: the format has no counterpart, or an argument or a value of phi is refused;
+        nothing was written.
       TypeError: `peft` is no plan.
       FileExistsError: there is something already.
       OSError: the disk is full or read-only; what was there before is as it was.
+
+    Warns:
+      UserWarning: not every version of the library loads what is written, or a prefix is written
+        without its network.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj, tempfile
@@ -74,11 +109,36 @@ def save_adapter(
     target = _names.place(directory, name)
     if not isinstance(peft, Peft):
         raise TypeError(f'save_adapter takes a Peft, as from attach; got {peft!r:.80}')
-    peft, phi = peft.fold(phi)
+    _check_arguments(format, task_type=task_type, model_type=model_type, head=head, params=params)
+    peft._check_phi(phi)
     arrays = _arrays.host(phi)
     if not allow_nonfinite:
         _arrays.check_finite(arrays, 'phi')
-    export = to_peft(peft, phi, names)
+    if format == 'peft':
+        content = _peft(peft, phi, names, base_model, task_type)
+    else:
+        about = about_hub(target.name, model_type, base_model, head, params)
+        content = _hub(peft, phi, names, about)
+    for note in content.notes:
+        warnings.warn(note, stacklevel=2)
+    _write(target, content, overwrite)
+    return target
+
+
+def _check_arguments(format: str, **given: Any) -> None:
+    """Refuses another format, and arguments that one has no use for."""
+    if format not in FORMATS:
+        raise ValueError(f'format must be one of {", ".join(FORMATS)}; got {format!r}')
+    mine = ('task_type',) if format == 'peft' else ('model_type', 'head', 'params')
+    if idle := [name for name, value in given.items() if value is not None and name not in mine]:
+        raise ValueError(f'format={format!r} has no use for {", ".join(idle)}. Leave it out')
+
+
+def _peft(
+    peft: Peft, phi: Phi, names: Naming, base_model: str | None, task_type: str | None
+) -> Content:
+    """PEFT's folder."""
+    export = to_peft(*peft.fold(phi), names)
     prompted = export.config['peft_type'] in ('PROMPT_TUNING', 'PREFIX_TUNING')
     if prompted and task_type is None:
         raise ValueError(
@@ -91,10 +151,17 @@ def save_adapter(
         'inference_mode': True,
         **export.config,
     }
-    for note in export.notes:
-        warnings.warn(note, stacklevel=2)
-    _write(target, config, export.tensors, overwrite)
-    return target
+    return Content({NAME: config}, {PEFT_FILE: export.tensors}, export.notes)
+
+
+def _hub(peft: Peft, phi: Phi, names: Naming, about: About) -> Content:
+    """AdapterHub's folder."""
+    hub, config = to_hub(peft, phi, names, about)
+    content = Content({NAME: hub.full(config)}, {HUB_FILE: hub.tensors}, hub.out.notes)
+    if about.head is not None:
+        content.configs[HUB_HEAD_CONFIG] = hub.full(about.head)
+        content.tensors[HUB_HEAD] = hub.heads
+    return content
 
 
 def _check_head(task_type: str | None, export: Writing) -> None:
@@ -110,15 +177,22 @@ def _check_head(task_type: str | None, export: Writing) -> None:
         )
 
 
-def _write(
-    target: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], overwrite: bool
-) -> None:
+def _write(target: Path, content: Content, overwrite: bool) -> None:
     from safetensors.numpy import save_file
 
-    text = json.dumps(config, indent=2, sort_keys=True) + '\n'
-    tensors = {n: np.ascontiguousarray(t, dtype=np.float32) for n, t in sorted(tensors.items())}
-    size = len(text) + sum(tensor.nbytes for tensor in tensors.values())
+    texts = {
+        file: json.dumps(config, indent=2, sort_keys=True) + '\n'
+        for file, config in content.configs.items()
+    }
+    arrays = {
+        file: {n: np.ascontiguousarray(t, dtype=np.float32) for n, t in sorted(tensors.items())}
+        for file, tensors in content.tensors.items()
+    }
+    size = sum(map(len, texts.values()))
+    size += sum(tensor.nbytes for tensors in arrays.values() for tensor in tensors.values())
     with _folder.whole(target, ours=OURS, overwrite=overwrite, size=size) as folder:
-        (folder / NAME).write_text(text, encoding='utf-8')
-        save_file(tensors, folder / PEFT_FILE, metadata={'format': 'pt'})
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding='utf-8')
+        for file, tensors in arrays.items():
+            save_file(tensors, folder / file, metadata={'format': 'pt'})
         _manifest.seal(folder, f'peftjax {__version__}')

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ Tensors = Mapping[str, Any]
 """Tensors by name."""
 
 PEFT_FILE = 'adapter_model.safetensors'
-HUB_FILE, HUB_HEAD = 'adapter.safetensors', 'model_head.safetensors'
+HUB_FILE = 'adapter.safetensors'
+HUB_HEAD, HUB_HEAD_CONFIG = 'model_head.safetensors', 'head_config.json'
 PICKLES = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.npz', '.npy', '.h5')
 
 PEFT_SPELLING = (
@@ -29,13 +30,13 @@ PEFT_SPELLING = (
 )
 """From the names of PEFT: wrappers go."""
 
+DOWN = '.adapter_down.'
 INSIDE = r'(?=adapter_|gate|scaling)'
 
 HUB_SPELLING = (
     (r'\.(adapters|loras|prefix_tunings|prompt_tunings)\.[^.]+\.', '.'),
     (r'^heads\.[^.]+\.', 'heads.'),
-    (r'^.*\.prefix_tuning\.(pool\.)?self_prefix\.', 'prefix.'),
-    (r'^prefix_tuning\.(pool\.)?self_prefix\.', 'prefix.'),
+    (r'^(.*\.)?prefix_tuning\.(pool\.)?self(_prefix)?\.', 'prefix.'),
     (r'^(.*\.)?prompt_tuning\.prompt_embedding\.weight$', 'prompt_embeddings'),
     (r'\.lora_([AB])$', r'.lora_\1.weight'),
     (r'\.m\.weight$', '.lora_magnitude_vector'),
@@ -55,6 +56,7 @@ class Stored:
       tensors: by name, in one spelling.
       names: that spelling to the name in the file.
       hub: whether AdapterHub wrote it, otherwise PEFT.
+      head: what AdapterHub says of a prediction head.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Stored:
     tensors: dict[str, np.ndarray]
     names: dict[str, str]
     hub: bool
+    head: dict[str, Any] | None = None
 
     @property
     def where(self) -> str:
@@ -84,14 +87,19 @@ def read_stored(folder: Path, *, allow_nonfinite: bool) -> Stored:
     first = folder / (HUB_FILE if hub else PEFT_FILE)
     if not first.is_file():
         raise FileNotFoundError(_absent(first))
-    files = [first, *([folder / HUB_HEAD] if hub and (folder / HUB_HEAD).is_file() else [])]
+    files = [first, *([folder / HUB_HEAD] if hub and _has(folder, HUB_HEAD) else [])]
+    said = read_config(folder, HUB_HEAD_CONFIG) if hub and _has(folder, HUB_HEAD_CONFIG) else {}
     raw: dict[str, np.ndarray] = {}
     for file in files:
         raw |= {name: _float32(file, name, t) for name, t in _safetensors.read(file).items()}
     if not allow_nonfinite:
         check_finite(raw, f'the adapter in {str(folder)!r}')
     tensors, names = spelled(raw, config)
-    return Stored(folder, config, tensors, names, hub)
+    return Stored(folder, config, tensors, names, hub, said.get('config'))
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
 
 
 def spelled(
@@ -102,12 +110,12 @@ def spelled(
     Raises:
       CheckpointError: two different tensors come to one name.
     """
-    spelling = _spelling(config)
+    peft = 'peft_type' in config
     tensors: dict[str, np.ndarray] = {}
     names: dict[str, str] = {}
     for name, tensor in raw.items():
-        new = name
-        for pattern, text in spelling:
+        new = name if peft else _inside_hub(name, raw)
+        for pattern, text in PEFT_SPELLING if peft else HUB_SPELLING:
             new = re.sub(pattern, text, new)
         if new in tensors and not np.array_equal(tensors[new], tensor, equal_nan=True):
             raise CheckpointError(
@@ -119,18 +127,14 @@ def spelled(
     return tensors, names
 
 
-def _spelling(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    if 'peft_type' in config:
-        return PEFT_SPELLING
-    inner = config.get('config')
-    inner = inner if isinstance(inner, dict) else {}
-    spelling = list(HUB_SPELLING)
-    if inner.get('ln_before'):  # the norm is stored a second time, as the first module of `down`
-        spelling += [(r'\.adapter_down\.0\.', '.adapter_norm_before.'), (r'_down\.1\.', '_down.')]
-    spelling.append((r'\.adapter_down\.0\.', '.adapter_down.'))
-    if inner.get('composition_mode') == 'scale':
-        spelling.append((r'\.lora_B\.weight$', '.ia3_l'))
-    return spelling
+def _inside_hub(name: str, raw: Mapping[str, Any]) -> str:
+    """A name of AdapterHub's, what it means said by the tensors beside it."""
+    if '.adapter_down.0.' in name:  # A norm before `down` is its first module too.
+        norm = name.replace('.adapter_down.0.', '.adapter_down.1.') in raw
+        return name.replace('.adapter_down.0.', '.adapter_norm_before.' if norm else DOWN)
+    if name.endswith('.lora_B') and f'{name[:-1]}A' not in raw:  # IA3 is a LoRA without `lora_A`.
+        return f'{name.removesuffix(".lora_B")}.ia3_l'
+    return name.replace('.adapter_down.1.', DOWN)
 
 
 def _float32(file: Path, name: str, tensor: np.ndarray) -> np.ndarray:

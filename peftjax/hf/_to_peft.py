@@ -14,7 +14,7 @@ from peftjax.hf._experts import is_expert
 from peftjax.hf._from_peft import STARTS
 from peftjax.hf._layout import layout
 from peftjax.hf._names import Naming
-from peftjax.hf._prefix import STORED, count_layers, store_prefix
+from peftjax.hf._prefix import STORED, check_layers, count_layers, store_prefix
 from peftjax.hf._suffix import together
 from peftjax.hf._to_lora import write_lora
 from peftjax.hf._writing import Part, Writing
@@ -95,6 +95,7 @@ def _prefix(out: Writing, part: Part) -> None:
     sites = part.sites
     if not all(site.kind == 'named' for site in sites):
         raise ValueError('PEFT puts a prefix after rotations: target the names @key and @value')
+    check_layers(sites, out.paths)
     heads, width = sites[0].sizes(sites[0].outputs)
     _virtual(out, part.method, 'PREFIX_TUNING', heads * width)
     out.config |= {

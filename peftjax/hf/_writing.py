@@ -11,7 +11,7 @@ from peftjax._sites import Site
 from peftjax._types import Path, Phi
 from peftjax.hf._layout import layout
 from peftjax.hf._names import Naming, Table
-from peftjax.hf._suffix import suffixes
+from peftjax.hf._suffix import suffixes, together
 
 HEAD = 'lm_head/kernel'
 """The path of a head, were it not tied."""
@@ -36,6 +36,7 @@ class Writing:
     Attributes:
       parts: the methods.
       paths: of all parameters of the base.
+      shapes: of them, by their names, layers of a scan together.
       table: the names of those that are adapted.
       config: so far.
       tensors: so far.
@@ -45,6 +46,7 @@ class Writing:
     def __init__(self, peft: Peft, phi: Phi, naming: Naming):
         self.naming = naming
         self.paths = [path for path, _, _ in peft.leaves]
+        self.shapes = {naming(path): shape for path, shape, _ in peft.leaves}
         self.config: dict[str, Any] = {}
         self.tensors: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
@@ -54,6 +56,10 @@ class Writing:
         ]
         sites = {site.path: site for part in self.parts for site in part.sites}
         self.table = Table(sites.values(), naming)
+
+    def has(self, name: str) -> bool:
+        """Whether the base has a parameter of this name."""
+        return together(name) in set(map(together, self.shapes))
 
     def modules(self, sites: Iterable[Site]) -> dict[Path, tuple[str, ...]]:
         """The names of the modules that sites are the weights of."""

@@ -111,10 +111,14 @@ class Adapter(Method):
         """How the model at init compares with the base."""
         return 'exact' if self.initial == 'identity' and self.norm in ('', 'before') else 'no'
 
+    def reduction_at(self, site: Site) -> float:
+        """What the width is divided by at a site."""
+        found = (r for pattern, r in self.reductions if _paths.matches(pattern, site.path))
+        return next(found, self.reduction)
+
     def width(self, site: Site) -> int:
         """Width of the bottleneck at a site."""
-        found = (r for pattern, r in self.reductions if _paths.matches(pattern, site.path))
-        return max(1, int(site.fan_out // next(found, self.reduction)))
+        return max(1, int(site.fan_out // self.reduction_at(site)))
 
     def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
         """See `Method`; the weights are not looked at."""
