@@ -220,7 +220,7 @@ def test_tensorboard_must_be_installed(tune, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'how',
     [
-        ('--quantize', 'nf4', '--dtype', 'bfloat16'),
+        ('--quantize', 'nf4', '--embeddings', '--dtype', 'bfloat16', '--rank', 2),
         ('--method', 'prefix', '--decay', 'linear'),
     ],
     ids=['quantized', 'prefix'],

@@ -52,8 +52,9 @@ def load(options: argparse.Namespace, adapter: str) -> tuple[pj.Loaded, dict[str
     loaded, about = _saved.load(adapter, LANGUAGE)
     options.model = options.model or about['model']
     options.dtype = options.dtype or about.get('settings', {}).get('dtype', 'float32')
-    if options.quantize is None and not options.embeddings:
-        options.quantize, options.embeddings = rounding(about, options.model)
+    scheme, embeddings = rounding(about, options.model)
+    options.quantize = options.quantize or scheme
+    options.embeddings = embeddings if options.embeddings is None else options.embeddings
     return loaded, about
 
 
