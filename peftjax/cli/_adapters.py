@@ -10,8 +10,9 @@ from peftjax import checkpoint, models
 from peftjax.cli import _output, _saved
 from peftjax.cli._opened import opened
 
-TASKS = {_saved.LANGUAGE: 'CAUSAL_LM', _saved.TASK: 'SEQ_CLS'}
-"""What the adapters of the commands are for, and what PEFT calls it."""
+TASKS = {_saved.LANGUAGE: 'CAUSAL_LM', _saved.TASK: 'FEATURE_EXTRACTION'}
+"""What the adapters of the commands are for, and what PEFT calls it: an encoder, since none of its
+classifiers reads what ours reads."""
 
 IDS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 """Token ids that a decoder is traced with."""

@@ -64,12 +64,15 @@ def merge(commands: Any) -> None:
 
 def export(commands: Any) -> None:
     """`peftjax export`."""
-    about = 'write an adapter as Hugging Face PEFT reads it'
+    about = 'write an adapter as Hugging Face PEFT or AdapterHub reads it'
     sub = commands.add_parser('export', help=about, description=about)
     _adapter(sub)
-    sub.add_argument('--out', required=True, help='folder for the adapter of PEFT')
+    sub.add_argument('--out', required=True, help='folder for the adapter of the other library')
     sub.add_argument(
-        '--base-model', help='what PEFT loads it over: a folder or hub name (the model it is of)'
+        '--format', choices=('peft', 'adapterhub'), default='peft', help='of it (%(default)s)'
+    )
+    sub.add_argument(
+        '--base-model', help='what it is loaded over: a folder or hub name (the model it is of)'
     )
     sub.add_argument('--overwrite', action='store_true', help='replace an earlier export in --out')
 

@@ -22,7 +22,21 @@ from peftjax.hf._to_peft import to_peft
 from peftjax.hf._writing import Writing
 
 FORMATS = ('peft', 'adapterhub')
-OURS = frozenset({NAME, PEFT_FILE, HUB_FILE, HUB_HEAD, HUB_HEAD_CONFIG, _manifest.MANIFEST})
+CLASSIFIER, CLASSIFIER_CONFIG = 'classifier.safetensors', 'classifier.json'
+"""A classifier that no class of theirs has; they do not look at it."""
+
+OURS = frozenset(
+    {
+        NAME,
+        PEFT_FILE,
+        HUB_FILE,
+        HUB_HEAD,
+        HUB_HEAD_CONFIG,
+        CLASSIFIER,
+        CLASSIFIER_CONFIG,
+        _manifest.MANIFEST,
+    }
+)
 
 
 class Content(NamedTuple):
@@ -107,22 +121,49 @@ def save_adapter(
       ('LORA', True)
     """
     target = _names.place(directory, name)
+    content = made(
+        target,
+        peft,
+        phi,
+        format=format,
+        base_model=base_model,
+        task_type=task_type,
+        model_type=model_type,
+        head=head,
+        params=params,
+        names=names,
+        allow_nonfinite=allow_nonfinite,
+    )
+    for note in content.notes:
+        warnings.warn(note, stacklevel=2)
+    write(target, content, overwrite)
+    return target
+
+
+def made(
+    target: Path,
+    peft: Peft,
+    phi: Phi,
+    *,
+    format: str,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    model_type: str | None = None,
+    head: Mapping[str, Any] | None = None,
+    params: PyTree | None = None,
+    names: Naming = hugging_face_name,
+    allow_nonfinite: bool = False,
+) -> Content:
+    """What `save_adapter` writes to a folder; see there."""
     if not isinstance(peft, Peft):
         raise TypeError(f'save_adapter takes a Peft, as from attach; got {peft!r:.80}')
     _check_arguments(format, task_type=task_type, model_type=model_type, head=head, params=params)
-    peft._check_phi(phi)
-    arrays = _arrays.host(phi)
     if not allow_nonfinite:
-        _arrays.check_finite(arrays, 'phi')
+        _arrays.check_finite(_arrays.host(phi), 'phi')
+    peft._check_phi(phi)
     if format == 'peft':
-        content = _peft(peft, phi, names, base_model, task_type)
-    else:
-        about = about_hub(target.name, model_type, base_model, head, params)
-        content = _hub(peft, phi, names, about)
-    for note in content.notes:
-        warnings.warn(note, stacklevel=2)
-    _write(target, content, overwrite)
-    return target
+        return _peft(peft, phi, names, base_model, task_type)
+    return _hub(peft, phi, names, about_hub(target.name, model_type, base_model, head, params))
 
 
 def _check_arguments(format: str, **given: Any) -> None:
@@ -177,7 +218,8 @@ def _check_head(task_type: str | None, export: Writing) -> None:
         )
 
 
-def _write(target: Path, content: Content, overwrite: bool) -> None:
+def write(target: Path, content: Content, overwrite: bool) -> None:
+    """Makes the folder, whole or not at all; see `save_adapter`."""
     from safetensors.numpy import save_file
 
     texts = {

@@ -114,7 +114,7 @@ def test_help_names_every_option(peftjax, command):
         'plan': '--model --method --rank --target --batch --length --mesh --dtype --quantize '
         '--optimizer --remat --embeddings --virtual-tokens',
         'merge': 'adapter --out --dtype --model --any-base --dequantize',
-        'export': 'adapter --out --base-model --overwrite',
+        'export': 'adapter --out --format --base-model --overwrite',
         'import': 'folder --model --out --max-tokens --lenient --overwrite',
         'quantize': 'model --out --scheme --target --embeddings',
     }
