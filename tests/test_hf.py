@@ -255,7 +255,7 @@ def test_saving_is_whole_or_nothing(folder, monkeypatch):
 
 
 UNSAVED = {
-    'adapter': (pj.Adapter(target='up/kernel', reduction=2), 'no counterpart of Adapter'),
+    'adapter': (pj.Adapter(target='up/kernel', reduction=2), "Adapter. Use format='adapterhub'"),
     'two': (pj.chain(pj.Lora(target='up/k', rank=2), pj.Ia3(target='down/k')), 'one by one'),
     'some biases': (pj.chain(hf_case.METHOD, pj.BitFit(target='0/up')), 'whole modules'),
     'leaves': (pj.BitFit(), 'one by one'),

@@ -3,6 +3,7 @@
 OPTIONS = {
     'pass allow_other_base=True': 'pass --any-base',
     'print(pj.sites(...)) lists them': 'peftjax inspect lists them',
+    "format='adapterhub'": '--format adapterhub',
     "say too_long='cut' or 'drop'": 'say --too-long cut or drop',
     "(prompt='question')": '(--prompt-column question)',
     'or answers_only=False': 'or leave --answer-only out',

@@ -18,7 +18,7 @@ from peftjax.hf._prefix import STORED, check_layers, count_layers, store_prefix
 from peftjax.hf._suffix import together
 from peftjax.hf._to_lora import write_lora
 from peftjax.hf._writing import Part, Writing
-from peftjax.methods import Ia3, PrefixTuning, PromptTuning, TrainableTokens
+from peftjax.methods import Adapter, Ia3, PrefixTuning, PromptTuning, TrainableTokens
 
 
 def to_peft(peft: Peft, phi: Phi, naming: Naming) -> Writing:
@@ -53,8 +53,10 @@ def _main(out: Writing, part: Part) -> tuple[str, ...]:
     for kind, writer in WRITERS.items():
         if isinstance(part.method, kind):
             return writer(out, part) or ()
+    there = "format='adapterhub', " if isinstance(part.method, Adapter) else ''
     raise ValueError(
-        f'PEFT has no counterpart of {type(part.method).__name__}. Use save, or another method'
+        f'PEFT has no counterpart of {type(part.method).__name__}. Use {there}save, or another '
+        'method'
     )
 
 

@@ -200,7 +200,7 @@ def test_wrong_folders_are_told_apart(peftjax, adapters, model, tmp_path):
         ('merge', peft, *new): 'peftjax import makes an adapter of it',
         ('merge', adapters['lora'], *new, '--model', tmp_path / 'none'): 'say so with --model',
         ('export', tmp_path, *new): 'This one is something else',
-        ('export', adapters['adapter'], *new): 'PEFT has no counterpart of Adapter',
+        ('export', adapters['adapter'], *new): 'counterpart of Adapter. Use --format adapterhub',
         ('export', adapters['lora'], '--out', peft): 'or --overwrite',
         ('import', tmp_path / 'none', '--model', model, *new): 'no such folder',
         ('import', model, '--model', model, *new): 'must hold adapter_config.json',
