@@ -144,7 +144,11 @@ EXPORTS = {
     'gpt2_lora': ('gpt2', pj.Lora(target=('c_attn/k', 'c_fc/k', 'mlp/c_proj/k')), LANGUAGE),
     'gpt2_ia3': ('gpt2', pj.Ia3(target='(c_attn|mlp/c_proj)/k', feedforward='mlp'), LANGUAGE),
     'gpt2_prefix': ('gpt2', pj.PrefixTuning(length=3), LANGUAGE),
-    'tied_lora': ('gpt2', pj.Lora(target='wte|c_attn/k', rank=3), LANGUAGE),
+    'tied_lora': (
+        'gpt2',
+        pj.Lora(target='wte|c_attn/k', rank=3, ranks=(('wte', 2),), alphas=(('wte', 5),)),
+        LANGUAGE,
+    ),
     'tied_saved': (
         'gpt2',
         pj.chain(pj.Lora(target='c_attn/k', rank=3), saved=pj.Trainable(target='wte')),

@@ -30,6 +30,15 @@ class Scale(NamedTuple):
 Scales = Mapping[Path, Scale]
 
 
+class Tied(NamedTuple):
+    """A head that has its pair in common with the table."""
+
+    head: str
+    listed: list[str]
+    """Names that must be among the targets."""
+    scale: Scale
+
+
 class Parameter(NamedTuple):
     """A parameter beside others in its module, as PEFT adapts it."""
 
@@ -57,7 +66,7 @@ def write_lora(out: Writing, part: Part) -> tuple[str, ...]:
     chosen = out.modules(site for site in part.sites if site not in raw)
     parameters, chosen, tensors = _experts(out, method, chosen, scales, out.stored(part))
     parameters = [*_raw(out, method, raw, scales), *parameters]
-    tied = [name for site in part.sites if site.shared for name in _tie(out, site, tensors)]
+    tied = [_tie(out, site, scales[site.path], tensors) for site in part.sites if site.shared]
     out.config |= {
         'peft_type': 'LORA',
         'r': default.rank,
@@ -65,20 +74,25 @@ def write_lora(out: Writing, part: Part) -> tuple[str, ...]:
         'lora_dropout': method.dropout,
         'use_rslora': method.rank_stabilized,
         'use_dora': isinstance(method, Dora),
-        'target_modules': sorted({*out.ends(chosen), *tied}),
+        'target_modules': sorted({*out.ends(chosen), *(n for one in tied for n in one.listed)}),
         'bias': 'none',
         'fan_in_fan_out': _fan_in_fan_out(chosen),
         'init_lora_weights': True,
     }
-    if any(site.shared for site in part.sites):
+    if tied:
         out.config['ensure_weight_tying'] = True
     if parameters:
         out.config['target_parameters'] = _parameter_ends(out, parameters)
         tensors = _nested(parameters, tensors)
     for field, key in (('rank', 'rank_pattern'), ('alpha', 'alpha_pattern')):
+        usual = getattr(default, field)
         values = {path: getattr(scales[path], field) for path in chosen}
-        out.config[key] = _patterns(out, chosen, values, getattr(default, field))
-        out.config[key] |= _parameter_patterns(out, parameters, field, getattr(default, field))
+        heads = {re.escape(one.head): getattr(one.scale, field) for one in tied}
+        out.config[key] = {
+            **_patterns(out, chosen, values, usual),
+            **{head: value for head, value in heads.items() if value != usual},
+            **_parameter_patterns(out, parameters, field, usual),
+        }
     out.tensors |= {f'base_model.model.{name}': tensor for name, tensor in tensors.items()}
     return tuple(name for names in chosen.values() for name in names)
 
@@ -111,12 +125,8 @@ def _patterns(
     return found
 
 
-def _tie(out: Writing, site: Site, tensors: Tensors) -> list[str]:
-    """A table that is the head too: PEFT keeps its pair once more, for the head.
-
-    Returns:
-      Names to list among the targets.
-    """
+def _tie(out: Writing, site: Site, scale: Scale, tensors: Tensors) -> Tied:
+    """A table that is the head too: PEFT keeps its pair once more, for the head."""
     (head, listed), [table] = out.head_of(site), out.table.modules(site.path)
     if f'{table}.lora_magnitude_vector' in tensors:
         raise ValueError(
@@ -125,7 +135,7 @@ def _tie(out: Writing, site: Site, tensors: Tensors) -> list[str]:
         )
     a, b = (tensors[f'{table}.lora_embedding_{x}'] for x in 'AB')
     tensors |= {f'{head}.lora_A.weight': b.T, f'{head}.lora_B.weight': a.T}
-    return listed
+    return Tied(head, listed, scale)
 
 
 # Parameters of modules that have several ----------------------------------------------------------

@@ -171,7 +171,7 @@ def _saved(out: Writing, parts: Iterable[Part], adapted: tuple[str, ...]) -> Non
     left = {n for n in values if n.rpartition('.')[0] not in modules}
     _write_modules(out, modules, {n: t for n, t in values.items() if n not in left})
     if listed:
-        out.config['modules_to_save'] = sorted({*out.config['modules_to_save'], *listed})
+        out.config['modules_to_save'] = sorted({*out.config.get('modules_to_save', []), *listed})
     if left:
         _write_biases(out, {name: values[name] for name in left}, set(values) - left, adapted)
 
