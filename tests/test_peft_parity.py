@@ -231,6 +231,10 @@ EXPERTS = {
         'mixtral',
         pj.Lora(target=EVERY, rank=4, alpha=6, ranks=(('w[13]/', 2),), alphas=(('w2', 3),)),
     ),
+    'router': (
+        'mixtral',
+        pj.Lora(target=('gate/', 'w2', 'q_proj'), rank=2, alpha=6, alphas=(('gate/', 3),)),
+    ),
     'stabilized': (
         'qwen3_moe',
         pj.Lora(target=(EVERY, 'q_proj'), rank=4, alpha=6, rank_stabilized=True),

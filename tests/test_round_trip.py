@@ -229,6 +229,24 @@ def test_experts_of_one_layer(tmp_path):
     assert equal(pj.hf.load_adapter(folder, *moe('mixtral', False)).phi, phi)
 
 
+@pytest.mark.parametrize('kind', ['mixtral', 'qwen3_moe'])
+def test_a_router_with_a_scale_of_its_own(kind, tmp_path):
+    """PEFT would not find the pattern of a module that it makes a parameter of."""
+    method = pj.Lora(target=('gate/kernel', 'o_proj'), rank=2, alphas=(('gate/', 5),))
+    peft, phi = attached(method, *moe(kind))
+    folder = pj.hf.save_adapter(tmp_path / 'x', peft, phi)
+    about = settings(folder)
+    assert about['target_modules'] == ['o_proj']
+    [target] = about['target_parameters']
+    assert target.endswith('gate.weight') and list(about['alpha_pattern'].values()) == [5]
+    name = 'base_model.model.model.layers.1.mlp.gate.lora_A.weight'
+    assert name in load_file(folder / 'adapter_model.safetensors')
+    loaded = pj.hf.load_adapter(folder, *moe(kind))
+    assert equal(loaded.phi, phi)
+    scales = lambda p: [p.method.scale_at(site) for site in p.sites[0]]
+    assert scales(loaded.peft) == scales(peft)
+
+
 def test_gate_and_up_of_experts_with_ranks_in_common(tmp_path):
     """As PEFT trains them; without it they would grow whenever they are written."""
     peft, phi = attached(pj.Lora(target=EVERY, rank=2), *moe('mixtral'))

@@ -10,7 +10,7 @@ from peftjax._lowrank import LowRankMethod
 from peftjax._sites import Site
 from peftjax._types import Path
 from peftjax.hf._config import whole
-from peftjax.hf._experts import Parts, fused, in_common, is_expert, join
+from peftjax.hf._experts import Parts, fused, in_common, is_expert, join, renewed
 from peftjax.hf._names import CONV1D
 from peftjax.hf._suffix import ends, together
 from peftjax.hf._writing import Part, Writing
@@ -187,7 +187,7 @@ def _parameter_ends(out: Writing, parameters: Iterable[Parameter]) -> list[str]:
         kinds[together(one.name)] = (*kinds.get(together(one.name), ()), one.name)
     chosen = {name for names in kinds.values() for name in names}
     # Of layers in a scan the first stands for all.
-    every = [out.naming(path).replace('{}', '0') for path in out.paths]
+    every = [renewed(out.naming(path).replace('{}', '0')) for path in out.paths]
     every += fused(name.removesuffix('.weight') for name in every)
     others = {together(name) for name in every if name not in chosen}
     return sorted({e for kind, names in kinds.items() for e in ends(kind, names, others, 2)})
@@ -226,7 +226,7 @@ def _experts(
     parameters of these itself, and makes the right ones.
     """
     paths = {name: path for path, names in chosen.items() for name in names}
-    families = fused(paths)
+    families = fused(paths) | _routers(out, paths)
     members = {name for parts in families.values() for part in parts for name in part}
     lone = sorted(name for name in paths if is_expert(name) and name not in members)
     if lone or (families and (isinstance(method, Dora) or method.dropout)):
@@ -257,6 +257,16 @@ def _experts(
     return Experts(made, left, joined)
 
 
+def _routers(out: Writing, modules: Iterable[str]) -> dict[str, Parts]:
+    """The layers that choose between experts, whose weights are parameters in transformers 5."""
+    beside = {
+        together(name).partition('.experts.')[0] for name in out.shapes if '.experts.' in name
+    }
+    found = (name for name in modules if name.endswith('.gate'))
+    mine = (name for name in found if together(name).removesuffix('.gate') in beside)
+    return {f'{renewed(name)}.weight': ((name,),) for name in mine}
+
+
 def _one_scale(name: str, scales: set[Scale]) -> Scale:
     if len(scales) > 1:
         raise ValueError(
@@ -272,7 +282,8 @@ def _converted(
     """Whether PEFT makes the right parameters of these modules.
 
     It takes it for granted that each expert is adapted whole, or `down_proj` alone, in all layers,
-    at the rank and alpha of the adapter; and it doubles both, which keeps `alpha / rank` only.
+    at the rank and alpha of the adapter; and it doubles both, which keeps `alpha / rank` only. Of a
+    router it forgets patterns, too.
     """
     members = {name for parts in families.values() for part in parts for name in part}
     mine = {path: names for path, names in chosen.items() if names[0] in members}
@@ -280,5 +291,5 @@ def _converted(
         not method.rank_stabilized
         and all(scales[path] == _default(method) for path in mine)
         and not members & set(out.ends(mine))
-        and {name.rpartition('.')[2] for name in families} != {'gate_up_proj'}
+        and {name.rpartition('.')[2] for name in families} - {'weight'} != {'gate_up_proj'}
     )
