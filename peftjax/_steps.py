@@ -4,6 +4,7 @@ A step counts when it is sealed. Orbax's own mark says that all was written; whe
 it was written, only the manifest can tell.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 from peftjax import _manifest
 from peftjax._manifest import CheckpointError
 
+STEP = re.compile(r'\d+(\.orbax-checkpoint-tmp.*)?')
+"""The names of steps, and of those that Orbax is writing."""
+
 
 class Steps:
     """The steps in one folder.
 
     Args:
-      folder: made if absent; steps that were never sealed are removed from it.
+      folder: made if absent; steps that were never sealed are removed from it, nothing else.
       keep: how many of the newest stay.
       writer: the program and version, for error messages.
     """
@@ -28,8 +32,8 @@ class Steps:
         self._folder, self._keep, self._writer = folder, keep, writer
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
-            if not (path / _manifest.MANIFEST).is_file():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if STEP.fullmatch(path.name) and not (path / _manifest.MANIFEST).is_file():
+                shutil.rmtree(path)
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
             folder,

@@ -27,6 +27,12 @@ class Every(NamedTuple):
     Attributes:
       steps: after how many steps, and again after as many.
       do: `do(step, state)`; it must not keep the state, which is donated. It may raise `Stop`.
+        The losses of all steps before were handed on.
+
+    Example:
+      >>> event = Every(100, lambda step, state: print(f'{step} steps'))
+      >>> event.due(150), event.due(200)
+      (False, True)
     """
 
     steps: int
@@ -43,6 +49,10 @@ class At(NamedTuple):
     Attributes:
       steps: after which ones.
       do: as of `Every`.
+
+    Example:
+      >>> At({1, 10, 100}, lambda step, state: print(f'{step} steps')).due(10)
+      True
     """
 
     steps: Collection[int]

@@ -6,6 +6,7 @@ steps/<n>/      the state after n batches, as Orbax stores it, and the sha256 of
 """
 
 import concurrent.futures
+import errno
 import json
 import logging
 import os
@@ -62,6 +63,7 @@ class Checkpoints:
     Raises:
       BlockingIOError: another process writes to the folder.
       CheckpointError: run.json is damaged, or of another version.
+      FileExistsError: the folder holds steps of something else.
       ValueError: the folder is of another run, or `keep` is not positive.
 
     Example:
@@ -195,7 +197,7 @@ class Checkpoints:
         Args:
           like: a state of the same shapes, as from `start`; arrays are read to where its own live.
           step: one of `steps()` instead of the newest.
-          fall_back: where the newest is damaged, take the newest one that is not, and log it.
+          fall_back: where that one is damaged, take the newest before it that is not, and log it.
 
         Returns:
           The state, or None where nothing was saved yet.
@@ -208,7 +210,8 @@ class Checkpoints:
         found = self.steps()
         if step is not None and step not in found:
             raise ValueError(f'there is no step {step} in {str(self._folder)!r}; there are {found}')
-        for one in [step] if step is not None else reversed(found):
+        tried = [one for one in reversed(found) if step is None or one <= step]
+        for one in tried:
             try:
                 return self._read(one, like)
             except CheckpointError as error:
@@ -217,8 +220,11 @@ class Checkpoints:
                         f'{error}. Pass fall_back=True to take an earlier step'
                     ) from error
                 _log.warning('step %d is damaged, an earlier one is taken: %s', one, error)
-        if found:
-            raise CheckpointError(f'none of the steps {found} in {str(self._folder)!r} is whole')
+        if tried:
+            raise CheckpointError(
+                f'a step must be whole to go on from; of {tried} in {str(self._folder)!r} none is. '
+                'Start anew in another folder'
+            )
         return None
 
     def close(self) -> None:
@@ -264,16 +270,43 @@ def _claim(
         'settings': json.loads(json.dumps(dict(settings))),
     }
     if path.exists():
-        wrong = _differing(_manifest.parse(path), own, params, other)
-        if wrong:
+        if wrong := _differing(_read(path, own), own, params, other):
             raise ValueError(
                 f'{str(path.parent)!r} is the folder of another run: {"; ".join(wrong)}. Go on '
                 'with what the run was started with, or choose another folder'
             )
+    elif (path.parent / STEPS).exists():
+        raise FileExistsError(
+            errno.EEXIST,
+            f'a new run needs a folder without {STEPS!r}: what is there is of something else. '
+            'Choose another folder',
+            str(path.parent),
+        )
     body = {'format': _manifest.FORMAT, 'writer': f'peftjax {__version__}', **own}
     part = path.with_name(f'.{path.name}.part')
     part.write_text(json.dumps(body, indent=1) + '\n', encoding='utf-8')
     part.replace(path)
+
+
+def _read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier start wrote.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    found = _manifest.parse(path)
+    try:
+        known = {'Fingerprint': Fingerprint}
+        kinds = {name: type(value) for name, value in own.items()}
+        if all(isinstance(found[name], kind) for name, kind in kinds.items()):
+            return found | {'seen': _serialize.decode(found['fingerprint'], known)}
+        reason = 'of another kind than it was written'
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f'{type(error).__name__}: {error}'
+    raise CheckpointError(
+        f'{str(path)!r} must say what the run is made of; it is damaged ({reason}). Take another '
+        'copy, or start anew in another folder'
+    )
 
 
 def _differing(
@@ -282,16 +315,13 @@ def _differing(
     """What differs, for people."""
     changed = lambda name, a, b: f'{name} was {a!s:.300} and is {b!s:.300} now'
     wrong = []
-    if found.get('method') != own['method']:
-        wrong.append(changed('the method', found.get('method'), own['method']))
-    elif found.get('peft') != own['peft']:
+    if found['method'] != own['method']:
+        wrong.append(changed('the method', found['method'], own['method']))
+    elif found['peft'] != own['peft']:
         wrong.append('the sites that the method is attached to are others')
-    else:
-        seen = _serialize.decode(found['fingerprint'], {'Fingerprint': Fingerprint})
-        paths = seen.differing(params)
-        if paths:
-            wrong.append(f'theta holds other values at {len(paths)} paths, such as {paths[0]!r}')
-    before, now = found.get('settings', {}), own['settings']
+    elif found['fingerprint'] != own['fingerprint'] and (paths := found['seen'].differing(params)):
+        wrong.append(f'theta holds other values at {len(paths)} paths, such as {paths[0]!r}')
+    before, now = found['settings'], own['settings']
     wrong += [
         changed(name, repr(before.get(name)), repr(now.get(name)))
         for name in {**before, **now}

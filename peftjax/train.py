@@ -48,10 +48,16 @@ def start(tx: optax.GradientTransformation, phi: Phi, key: Array) -> TrainState:
       key: typed PRNG key, for dropout and whatever else a loss draws.
 
     Returns:
-      The state.
+      The state; phi is donated with it, at the first step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> state = start(optax.sgd(0.1), {'kernel': {'a': jnp.ones(2)}}, jax.random.key(0))
+      >>> int(state.step), int(state.skipped)
+      (0, 0)
     """
-    none = jnp.zeros((), jnp.int32)
-    return TrainState(phi, tx.init(phi), none, key, none.copy())
+    count = lambda: jnp.zeros((), jnp.int32)  # each a buffer of its own: the state is donated
+    return TrainState(phi, tx.init(phi), count(), key, count())
 
 
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: bit for bit, sealed, of one run and one writer."""
 
 import errno
+import json
 import logging
 import os
 import pathlib
@@ -183,8 +184,15 @@ def test_nothing_whole_is_an_error(folder):
     for step in range(6):
         damage(folder / f'steps/{step}/_CHECKPOINT_METADATA', 'cut')
     with checkpoints(folder, keep=9) as saved:
-        with pytest.raises(CheckpointError, match=r'none of the steps \[0, 1, 2, 3, 4, 5\]'):
+        with pytest.raises(CheckpointError, match=r'of \[5, 4, 3, 2, 1, 0\] in .* none is'):
             saved.restore(fresh(), fall_back=True)
+
+
+def test_falling_back_from_a_chosen_step_takes_none_after_it(ran, folder):
+    damage(folder / 'steps/3/_CHECKPOINT_METADATA', 'cut')
+    with checkpoints(folder, keep=9) as saved:
+        restored = saved.restore(fresh(), step=3, fall_back=True)
+    assert restored is not None and restored.step == 2 and bits(restored.state) == ran[1][2]
 
 
 def test_another_run_is_refused_and_what_differs_is_named(folder):
@@ -210,6 +218,38 @@ def test_a_damaged_run_file_is_named(folder):
     (folder / 'run.json').write_text('{"format"')
     with pytest.raises(CheckpointError, match=r'run.json.* must hold JSON'):
         checkpoints(folder)
+
+
+@pytest.mark.parametrize('field', ['method', 'peft', 'fingerprint', 'settings'])
+@pytest.mark.parametrize('value', [None, 3, {}, {'type': 'Fingerprint'}], ids=str)
+def test_a_field_of_a_run_file_that_is_of_another_kind_is_named(folder, field, value):
+    path = folder / 'run.json'
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps(body | {field: value}))
+    reason = 'must say what the run is made of; it is damaged'
+    if field == 'settings' and isinstance(value, dict):  # a table like any other
+        reason = 'folder of another run: .*seed was None and is 0 now'
+    elif field == 'peft' and isinstance(value, dict):
+        reason = 'the sites that the method is attached to are others'
+    with pytest.raises((CheckpointError, ValueError), match=reason):
+        checkpoints(folder)
+    assert json.loads(path.read_text())[field] == value
+
+
+def test_what_is_not_of_a_run_is_left_alone(tmp_path):
+    """A folder that happens to be called steps, and strange files beside our own steps."""
+    (tmp_path / 'steps').mkdir()
+    (tmp_path / 'steps/notes.txt').write_text('x')
+    with pytest.raises(FileExistsError, match="needs a folder without 'steps'"):
+        checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['lock', 'notes.txt', 'steps']
+    run = tmp_path / 'run'
+    with checkpoints(run) as saved:
+        saved.save(fresh())
+    (run / 'steps/notes.txt').write_text('x')
+    with checkpoints(run) as saved:
+        assert saved.steps() == [0]
+    assert (run / 'steps/notes.txt').read_text() == 'x'
 
 
 def test_a_state_of_other_shapes_is_refused(folder):

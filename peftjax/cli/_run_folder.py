@@ -40,6 +40,11 @@ def finish(out: pathlib.Path) -> None:
         shutil.rmtree(checkpoints)
 
 
+def is_begun(out: pathlib.Path) -> bool:
+    """Whether a run was begun in this folder that can go on, or has come to its end."""
+    return (out / CHECKPOINTS / resume.FILE).is_file() or is_finished(out)
+
+
 def is_finished(out: pathlib.Path) -> bool:
     """Whether a run in this folder has come to its end."""
     return (out / ADAPTER / checkpoint.ADAPTER).is_file()

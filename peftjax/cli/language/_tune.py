@@ -17,8 +17,9 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _roads.settle(options, _roads.LANGUAGE, _roads.ENCODER)
     recipe = _recipes.chosen(options.method)
-    out = _output.check_free(options.out, options.overwrite or options.resume)
-    if options.resume and _run_folder.is_finished(out):
+    goes_on = options.resume and _run_folder.is_begun(pathlib.Path(options.out))
+    out = _output.check_free(options.out, options.overwrite or goes_on)
+    if goes_on and _run_folder.is_finished(out):
         _run_folder.finish(out)
         say(f'{out} has come to its end: there is nothing to go on with')
         return 0
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     settings = _settings(options, split)
     fitter = Fitter(task, task.attach(method), settings)
     say(f'{fitter.peft}\n{_about(split, settings)}')
-    if not options.resume:
+    if not goes_on:
         _run_folder.clear(out)
     with _checkpoints(out, fitter, options) as checkpoints:
         _config.write(out / _config.FILE, options)
