@@ -1,8 +1,7 @@
 """Several methods at once, each with an optimizer of its own.
 
 What differs from 04: a bottleneck adapter joins, which has no place in the weights: `merge` refuses
-the whole chain, and says why. phi has one key for each method, so that `optax.partition` can tell
-them apart.
+the whole chain, and says why. phi has one key for each method, and so has `chain_optimizer`.
 """
 
 import jax
@@ -40,10 +39,7 @@ phi = peft.init(KEY, params)
 assert list(phi) == ['lora', 'adapter', 'head']
 
 slow, fast = optax.adam(1e-3), optax.adamw(1e-2, weight_decay=1e-3)
-tx = optax.partition(
-    {'lora': fast, 'adapter': fast, 'head': slow},
-    lambda phi: {name: jax.tree.map(lambda _, name=name: name, phi[name]) for name in phi},
-)
+tx = pj.chain_optimizer({'lora': fast, 'adapter': fast, 'head': slow})
 loss = peft.wrap(
     lambda params, ids: optax.softmax_cross_entropy_with_integer_labels(
         model(params, ids), labels

@@ -47,6 +47,8 @@ from peftjax.methods import PrefixTuning as PrefixTuning
 from peftjax.methods import PromptTuning as PromptTuning
 from peftjax.methods import Trainable as Trainable
 from peftjax.methods import TrainableTokens as TrainableTokens
+from peftjax.optim import chain_optimizer as chain_optimizer
+from peftjax.optim import lora_plus as lora_plus
 from peftjax.optim import masked_optimizer as masked_optimizer
 from peftjax.planning import Plan as Plan
 from peftjax.planning import plan as plan

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peftjax import Peft, attach, data, start, train_step
+from peftjax import Peft, attach, chain_optimizer, data, start, train_step
 from peftjax.cli._loop import Drawn, Evaluation, train
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
@@ -190,9 +189,5 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
         return optax.adamw(rates, weight_decay=settings.weight_decay)
 
     assert settings.rate is not None and settings.head_rate is not None
-    rates: dict[Hashable, Any] = {
-        'body': adamw(settings.rate),
-        'head': adamw(settings.head_rate),
-    }
-    labels = lambda phi: {name: jax.tree.map(lambda _, n=name: n, phi[name]) for name in phi}
-    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.partition(rates, labels))
+    each = chain_optimizer({'body': adamw(settings.rate), 'head': adamw(settings.head_rate)})
+    return optax.chain(optax.clip_by_global_norm(settings.clip), each)
