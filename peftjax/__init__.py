@@ -23,6 +23,8 @@ from peftjax._quantize import requantize as requantize
 from peftjax._sites import Site as Site
 from peftjax._sites import Sites as Sites
 from peftjax._version import __version__ as __version__
+from peftjax.averaging import averaged as averaged
+from peftjax.averaging import moving_average as moving_average
 from peftjax.checkpoint import CheckpointError as CheckpointError
 from peftjax.checkpoint import Loaded as Loaded
 from peftjax.checkpoint import load as load
