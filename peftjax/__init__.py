@@ -25,6 +25,7 @@ from peftjax._sites import Sites as Sites
 from peftjax._version import __version__ as __version__
 from peftjax.averaging import averaged as averaged
 from peftjax.averaging import moving_average as moving_average
+from peftjax.best import KeepBest as KeepBest
 from peftjax.checkpoint import CheckpointError as CheckpointError
 from peftjax.checkpoint import Loaded as Loaded
 from peftjax.checkpoint import load as load
@@ -56,6 +57,7 @@ from peftjax.planning import Plan as Plan
 from peftjax.planning import plan as plan
 from peftjax.resume import Checkpoints as Checkpoints
 from peftjax.resume import Restored as Restored
+from peftjax.train import Best as Best
 from peftjax.train import TrainState as TrainState
 from peftjax.train import start as start
 from peftjax.train import train_step as train_step

@@ -27,7 +27,9 @@ class Every(NamedTuple):
     Attributes:
       steps: after how many steps, and again after as many.
       do: `do(step, state)`; it must not keep the state, which is donated. It may raise `Stop`.
-        The losses of all steps before were handed on.
+        The losses of all steps before were handed on. A `TrainState` that it returns is gone on
+        from. Where it has `over(state)`, as `KeepBest` has, the run ends as soon as that is true:
+        after it happened, or before the first step.
 
     Example:
       >>> event = Every(100, lambda step, state: print(f'{step} steps'))
@@ -146,6 +148,8 @@ def fit(
     if checkpoints is not None:
         checkpoints.position(batches)  # refused before the first step, not after it
     watch = _Losses(on_loss, not_finite, patience, checkpoints, int(state.skipped))
+    if _over(events, state):
+        return state
     with _terminations() as told:
         for count in range(int(state.step) + 1, steps + 1):
             state, loss = step(params, state, _next(batches, count, steps))
@@ -156,7 +160,8 @@ def fit(
                 state = watch.fetch(state, everything=True)
             elif count % fetch_every == 0:
                 state = watch.fetch(state)
-            if stopped := _stopped(due, count, state) or bool(told):
+            state, stopped = _happen(due, count, state)
+            if stopped := stopped or bool(told):
                 state = watch.fetch(state, everything=True)
             if checkpoints is not None and (save or stopped):
                 checkpoints.save(state, checkpoints.position(batches))
@@ -180,15 +185,23 @@ def _next(batches: Iterator[Any], count: int, steps: int) -> Any:
         ) from None
 
 
-def _stopped(due: Sequence[Every | At], count: int, state: TrainState) -> bool:
-    """Lets happen what is due; whether one of them ends the training."""
+def _happen(due: Sequence[Every | At], count: int, state: TrainState) -> tuple[TrainState, bool]:
+    """Lets happen what is due: the state to go on from, and whether the training ends here."""
     stopped = False
     for event in due:
         try:
-            event.do(count, state)
+            found = event.do(count, state)
         except Stop:
             stopped = True
-    return stopped
+        else:
+            state = found if isinstance(found, TrainState) else state
+    return state, stopped or _over(due, state)
+
+
+def _over(events: Sequence[Every | At], state: TrainState) -> bool:
+    """Whether one of them says of the state that the training is at its end."""
+    ends = [getattr(event.do, 'over', None) for event in events]
+    return any(over(state) for over in ends if over is not None)
 
 
 @contextlib.contextmanager

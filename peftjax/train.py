@@ -17,6 +17,22 @@ LossFn = Callable[[PyTree, Phi, Any, Array], Array | Loss]
 """`loss_fn(params, phi, batch, key)` to a scalar, or to a `Loss` whose mean is minimized."""
 
 
+class Best(NamedTuple):
+    """The best phi so far, by the evaluations of `KeepBest`.
+
+    Attributes:
+      phi: copies; phi of the start before the first evaluation.
+      value: float32, what it was evaluated to; NaN before the first evaluation.
+      step: int32, after how many batches.
+      stale: int32, how many evaluations in a row have found nothing better since.
+    """
+
+    phi: Phi
+    value: Array
+    step: Array
+    stale: Array
+
+
 class TrainState(NamedTuple):
     """All that changes while phi is trained.
 
@@ -26,6 +42,7 @@ class TrainState(NamedTuple):
       step: int32, the number of batches seen.
       key: PRNG key; each step draws from `fold_in(key, step)`.
       skipped: int32, how many of the steps made no update because it was not finite.
+      best: the best phi so far, where it is kept; steps leave it as it is.
     """
 
     phi: Phi
@@ -33,19 +50,23 @@ class TrainState(NamedTuple):
     step: Array
     key: Array
     skipped: Array
+    best: Best | None = None
 
 
 Step = Callable[[PyTree, TrainState, Any], tuple[TrainState, Array]]
 """`step(params, state, batch) -> (state, loss)`."""
 
 
-def start(tx: optax.GradientTransformation, phi: Phi, key: Array) -> TrainState:
+def start(
+    tx: optax.GradientTransformation, phi: Phi, key: Array, *, keep_best: bool = False
+) -> TrainState:
     """The state before the first step.
 
     Args:
       tx: the optimizer.
       phi: as from `Peft.init`.
       key: typed PRNG key, for dropout and whatever else a loss draws.
+      keep_best: whether the state has a place for the best phi, as `KeepBest` needs.
 
     Returns:
       The state; phi is donated with it, at the first step.
@@ -57,7 +78,11 @@ def start(tx: optax.GradientTransformation, phi: Phi, key: Array) -> TrainState:
       (0, 0)
     """
     count = lambda: jnp.zeros((), jnp.int32)  # each a buffer of its own: the state is donated
-    return TrainState(phi, tx.init(phi), count(), key, count())
+    state = TrainState(phi, tx.init(phi), count(), key, count())
+    if not keep_best:
+        return state
+    value, own = jnp.full((), jnp.nan, jnp.float32), jax.tree.map(jnp.copy, phi)
+    return state._replace(best=Best(own, value, count(), count()))
 
 
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
@@ -117,7 +142,7 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
         keep = lambda old, new: jnp.where(good, new, old)
         phi, opt_state = jax.tree.map(keep, (state.phi, state.opt_state), (phi, opt_state))
         skipped = state.skipped + (~good).astype(jnp.int32)
-        return TrainState(phi, opt_state, state.step + 1, state.key, skipped), loss
+        return TrainState(phi, opt_state, state.step + 1, state.key, skipped, state.best), loss
 
     return step
 
