@@ -57,6 +57,7 @@ from peftjax.planning import Plan as Plan
 from peftjax.planning import plan as plan
 from peftjax.resume import Checkpoints as Checkpoints
 from peftjax.resume import Restored as Restored
+from peftjax.stacking import Stacked as Stacked
 from peftjax.train import Best as Best
 from peftjax.train import TrainState as TrainState
 from peftjax.train import start as start

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftjax import _manifest, _serialize, _state
+from peftjax import _manifest, _position, _serialize, _state
 from peftjax._fingerprint import Fingerprint
 from peftjax._lock import Lock
 from peftjax._manifest import CheckpointError
@@ -160,7 +160,7 @@ class Checkpoints:
         found = self.restore(state, fall_back=fall_back)
         if found is None:
             return state
-        (batches.restore if hasattr(batches, 'restore') else batches.set_state)(found.data)
+        _position.put(batches, found.data)
         return found.state
 
     @staticmethod
@@ -170,14 +170,7 @@ class Checkpoints:
         Raises:
           TypeError: it does not say.
         """
-        if hasattr(batches, 'state') and hasattr(batches, 'restore'):
-            return batches.state()
-        if hasattr(batches, 'get_state') and hasattr(batches, 'set_state'):
-            return batches.get_state()
-        raise TypeError(
-            'to go on exactly, batches must say where they stand: by state and restore, or by '
-            f"grain's get_state and set_state; got {type(batches).__name__}"
-        )
+        return _position.position(batches)
 
     def wait(self) -> None:
         """Waits until all that was saved is on disk.
