@@ -10,12 +10,14 @@ import numpy as np
 import optax
 
 from peftjax import Peft, attach, chain_optimizer, data, start, train_step
+from peftjax.cli._accumulate import cut
 from peftjax.cli._loop import Drawn, Evaluation, train
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
 from peftjax.cli._recipes import Recipe
 from peftjax.cli._task import Task, call, cross_entropy
 from peftjax.cli._watch import Watch
+from peftjax.losses import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Settings:
       weight_decay: on all that is trained.
       warmup: the part of the steps over which the rate rises; then it falls to zero.
       clip: the most that the norm of all gradients may be.
+      accumulate: in how many parts, one after the other, a step computes its rows.
     """
 
     epochs: int
@@ -39,6 +42,7 @@ class Settings:
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
+    accumulate: int = 1
 
     def of(self, recipe: Recipe) -> 'Settings':
         """These settings with the recipe's rates where none are given."""
@@ -81,10 +85,11 @@ class Fitter:
         self._tx = optimizer(self.settings, steps)
         rates = schedule(self.settings, self.settings.rate or self.settings.head_rate or 0.0, steps)
         self.rates = np.asarray(jax.vmap(rates)(jnp.arange(steps)))
-        self._step = Programs(train_step(self._loss, self._tx))
+        step = train_step(self._loss, self._tx, accumulate=settings.accumulate)
+        self._step = Programs(step)
         self._predict = jax.jit(lambda p, phi, batch: call(task, self.forward, batch, None, p, phi))
 
-    def _loss(self, params: Any, phi: Any, batch: dict, key: jax.Array) -> jax.Array:
+    def _loss(self, params: Any, phi: Any, batch: dict, key: jax.Array) -> Loss:
         return cross_entropy(call(self.task, self.forward, batch, key, params, phi), batch)
 
     def fit(
@@ -117,7 +122,8 @@ class Fitter:
         settings, task = self.settings, self.task
         state = start(self._tx, phi, for_steps)
         order = data.epochs(len(labels), settings.batch, seed, settings.epochs)
-        batches = [task.batch(tokens, labels, index, settings.batch) for index in order]
+        whole = (task.batch(tokens, labels, index, settings.batch) for index in order)
+        batches = [cut(batch, settings.accumulate) for batch in whole]
         compiled = self._step.seconds
         for batch in batches:
             self._step.prepare(task.params, state, batch)

@@ -93,6 +93,12 @@ def _tune(commands: Any) -> None:
     sub.add_argument('--epochs', type=count, help='passes over the examples (8; language 3)')
     sub.add_argument('--batch', type=count, help='rows of one step (8)')
     sub.add_argument(
+        '--accumulate',
+        type=count,
+        metavar='PARTS',
+        help='compute them in so many parts, one after the other: less memory, the same step (1)',
+    )
+    sub.add_argument(
         '--seed', type=seed, default=0, help='of sampling, order and dropout (%(default)s)'
     )
     sub.add_argument(

@@ -26,6 +26,7 @@ ENCODER = Road(
     {
         'epochs': 8,
         'batch': 8,
+        'accumulate': 1,
         'test': None,
         'shots': None,
         'text_column': 'text',
@@ -39,6 +40,7 @@ LANGUAGE = Road(
     {
         'epochs': 3,
         'batch': 8,
+        'accumulate': 1,
         'messages_column': 'messages',
         'prompt_column': 'prompt',
         'completion_column': 'completion',

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from peftjax import data, models
+from peftjax.losses import Loss
 
 EVALUATE = 64
 """Rows of a batch where nothing is trained."""
@@ -120,9 +121,9 @@ def call(task: Task, forward: Callable[..., jax.Array], batch: dict, key: Any, *
     return forward(*trees, batch['ids'], attention_mask=mask, pool_mask=mask, **how)
 
 
-def cross_entropy(logits: jax.Array, batch: dict) -> jax.Array:
-    """Mean loss over the real rows of a batch."""
+def cross_entropy(logits: jax.Array, batch: dict) -> Loss:
+    """The loss over the real rows of a batch."""
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), batch['labels']
     )
-    return (losses * batch['weights']).sum() / batch['weights'].sum()
+    return Loss((losses * batch['weights']).sum(), batch['weights'].sum())

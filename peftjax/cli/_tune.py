@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from peftjax import data, models
-from peftjax.cli import _config, _metrics, _output, _plot, _roads, _run_folder, _saved
+from peftjax.cli import _accumulate, _config, _metrics, _output, _plot, _roads, _run_folder, _saved
 from peftjax.cli._examples import labelled, read
 from peftjax.cli._fit import Fitter, Settings, step_count
 from peftjax.cli._held import split
@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     if options.model and models.model_kind(options.model) == 'decoder':
         return language.run(options)
     _roads.settle(options, _roads.ENCODER, _roads.LANGUAGE)
+    _accumulate.check(options)
     recipe, *more = chosen(options.method)
     if more:
         raise ValueError(f'tune takes one method; got {options.method!r}. compare takes several')
@@ -39,7 +40,12 @@ def run(options: argparse.Namespace) -> int:
     parts = _parts(options)
     task = load_task(options.model, parts.train.names, options.max_tokens)
     tokens = task.encode(parts.train.texts)
-    settings = Settings(epochs=options.epochs, batch=options.batch, rate=options.rate)
+    settings = Settings(
+        epochs=options.epochs,
+        batch=options.batch,
+        rate=options.rate,
+        accumulate=options.accumulate,
+    )
     steps = step_count(len(parts.train), settings)
     fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], steps)
     options.rate = fitter.settings.rate

@@ -223,6 +223,17 @@ def test_tensorboard_must_be_installed(tune, tmp_path, monkeypatch):
     assert ran.code == 2 and "pip install 'peftjax[tensorboard]'" in ran.err
 
 
+def test_parts_of_a_step_are_the_step(tune, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    how = ('--steps', 4, '--batch', 6, '--length', 16, '--evaluations', 1, '--eval-part', 0.2)
+    assert tune(*how, '--out', whole).code == 0
+    assert tune(*how, '--accumulate', 3, '--out', parts).code == 0
+    for name in ('loss', 'tokens', 'evaluation_loss'):
+        found, expected = ([row[name] for row in rows(run, name)] for run in (parts, whole))
+        assert found == pytest.approx(expected, rel=1e-5) and len(set(found)) > 1
+    assert 'accumulate = 3\n' in (parts / 'options.toml').read_text()
+
+
 @pytest.mark.parametrize(
     'how',
     [
@@ -247,6 +258,7 @@ def test_what_was_trained_is_found_again(peftjax, tune, tmp_path, how):
         (('--method', 'bitfit'), 'BitFit adapts sites of kind bias'),
         (('--method', 'prefix', '--pack'), '--pack is not for prefix'),
         (('--shots', 2), '--shots is for an encoder; '),
+        (('--accumulate', 3), '--accumulate 3 must divide --batch 8'),
         (('--eval-data', 'none.jsonl'), 'no such file: none.jsonl'),
         (('--eval-part', 0.01), 'of 5 examples leaves 0 to evaluate on'),
         (('--eval-part', 0.2, '--eval-data', 'a.jsonl'), '--eval-part 0 holds nothing back'),

@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -223,6 +225,34 @@ def test_the_same_seed_makes_the_same_adapter(here):
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert not all((a == b).all() for a, b in zip(first, other, strict=True))
     assert fits[0].compile_seconds > 0 == fits[1].compile_seconds
+
+
+def test_parts_of_a_step_are_the_step(here):
+    """Rows that fill a batch up count in no part; without dropout, which each part draws anew."""
+    (recipe,) = chosen('bitfit')
+    train, losses = data.load_labelled(here.train), {}
+    with jax.numpy_dtype_promotion('standard'):
+        task = load_task(here.model, train.names, 16)
+        still = functools.partial(task.apply, deterministic=True)
+        task = dataclasses.replace(
+            task, apply=lambda *args, deterministic, rngs=None, **how: still(*args, **how)
+        )
+        tokens = task.encode(train.texts)
+        for parts in (1, 4):
+            settings = Settings(epochs=2, batch=8, accumulate=parts)
+            fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], 4)
+            watch = Seen('bitfit', fitter.rates, progress(1))
+            fitter.fit(tokens, train.labels, 0, watch)
+            losses[parts] = watch.losses
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[1])) == 4
+
+
+class Seen(Watch):
+    """Keeps the losses."""
+
+    def loss(self, step, value):
+        super().loss(step, value)
+        self.losses = [*getattr(self, 'losses', ()), value]
 
 
 def test_each_seed_starts_from_a_classifier_of_its_own(here):

@@ -11,6 +11,7 @@ import optax
 
 import peftjax as pj
 from peftjax import data
+from peftjax.cli._accumulate import cut
 from peftjax.cli._loop import Drawn, Evaluation, Saving, train
 from peftjax.cli._programs import Programs
 from peftjax.cli._watch import Watch
@@ -35,6 +36,7 @@ class Settings:
       quantize: how the linear layers of the base are kept; None as they are.
       embeddings: whether the token embedding and the head are kept so too.
       clip: the most that the norm of all gradients may be.
+      accumulate: in how many parts, one after the other, a step computes its rows.
     """
 
     rate: float
@@ -50,6 +52,7 @@ class Settings:
     quantize: str | None
     embeddings: bool = False
     clip: float = 1.0
+    accumulate: int = 1
 
 
 class Fitted(NamedTuple):
@@ -96,7 +99,7 @@ class Fitter:
             optax.clip_by_global_norm(settings.clip),
             optax.adamw(rates, weight_decay=settings.weight_decay),
         )
-        self._step = Programs(pj.train_step(loss, self._tx))
+        self._step = Programs(pj.train_step(loss, self._tx, accumulate=settings.accumulate))
         self._loss = Programs(jax.jit(lambda params, phi, batch: loss(params, phi, batch)))
 
     def start(self, seed: int) -> pj.TrainState:
@@ -139,14 +142,19 @@ class Fitter:
         """
         task, held = self.task, split.held
         some = split.train.batch([0], self.settings.batch)
-        self._step.prepare(task.params, state, arguments(some))
+        self._step.prepare(task.params, state, self._taken(some)[0])
         evaluation = Evaluation(None if held is None else partial(self.evaluate, held), evaluations)
         if not int(state.step):
             evaluation.report(0, state.phi, watch)
-        drawn = Drawn(batches, _counted, watch)
+        drawn = Drawn(batches, self._taken, watch)
         steps = self.settings.steps
         state = train(self._step, task.params, state, drawn, steps, watch, evaluation, saving)
         return Fitted(state.phi, watch.seconds, watch.tokens, self._step.peak_bytes)
+
+    def _taken(self, batch: data.LanguageBatch) -> tuple[dict[str, Any], int]:
+        """A batch as the step takes it, and its tokens without padding."""
+        tokens = int((batch.segment_ids > 0).sum())
+        return cut(arguments(batch), self.settings.accumulate), tokens
 
     def evaluate(self, rows: data.Rows, phi: Any) -> dict[str, float]:
         """The mean loss of all tokens to learn."""
@@ -156,8 +164,3 @@ class Fitter:
         ]
         total, count = (float(sum(map(float, column))) for column in zip(*parts, strict=True))
         return {'evaluation_loss': total / count}
-
-
-def _counted(batch: data.LanguageBatch) -> tuple[dict[str, Any], int]:
-    """A batch as the loss takes it, and its tokens without padding."""
-    return arguments(batch), int((batch.segment_ids > 0).sum())

@@ -5,7 +5,7 @@ import pathlib
 
 import peftjax as pj
 from peftjax import models
-from peftjax.cli import _config, _metrics, _output, _plot, _report, _roads, _run_folder
+from peftjax.cli import _accumulate, _config, _metrics, _output, _plot, _report, _roads, _run_folder
 from peftjax.cli._loop import Saving
 from peftjax.cli._terminal import progress, say
 from peftjax.cli._watch import Watch
@@ -16,6 +16,7 @@ from peftjax.cli.language._fit import Fitted, Fitter, Settings
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _roads.settle(options, _roads.LANGUAGE, _roads.ENCODER)
+    _accumulate.check(options)
     recipe = _recipes.chosen(options.method)
     goes_on = options.resume and _run_folder.is_begun(pathlib.Path(options.out))
     out = _output.check_free(options.out, options.overwrite or goes_on)
@@ -91,6 +92,7 @@ def _settings(options: argparse.Namespace, split: _data.Split) -> Settings:
         rate=options.rate,
         steps=options.steps or options.epochs * -(-len(split.train) // options.batch),
         batch=options.batch,
+        accumulate=options.accumulate,
         length=options.length,
         pack=options.pack,
         answer_only=options.answer_only,
