@@ -44,7 +44,7 @@ def rebuilt(like: PyTree, arrays: Mapping[Path, Any]) -> PyTree:
     def leaf(path: Path, old: Any) -> Any:
         if not _filled(old):
             return jnp.zeros(old.shape, old.dtype)
-        new = arrays[path]
+        new = arrays[path] if _is_bound(old) else jnp.array(np.asarray(arrays[path]))
         return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
 
     _, tree = jax.tree.flatten(like)
@@ -58,6 +58,15 @@ def _leaves(state: PyTree) -> list[tuple[Path, Any]]:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_bound(leaf: Any) -> bool:
+    """Whether an array belongs to its devices, or goes along to those of theta.
+
+    One that was read belongs to them: beside theta on a mesh it would be refused, and elsewhere
+    the step would be compiled once more.
+    """
+    return getattr(leaf, 'committed', getattr(leaf, 'sharding', None) is not None)
 
 
 def _filled(leaf: Any) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import compiled
 from zoo import normal
 
 import peftjax as pj
@@ -279,12 +280,40 @@ def test_wrong_calls_say_what_came(tmp_path):
             run(batches=iter([1]), checkpoints=saved)
 
 
-def test_losses_are_fetched_in_groups_and_nothing_compiles_twice(monkeypatch):
+def test_losses_are_fetched_in_groups_and_nothing_else_is(monkeypatch):
     fetched, get = [], jax.device_get
     monkeypatch.setattr(jax, 'device_get', lambda x: fetched.append(len(x)) or get(x))
-    before = STEP._cache_size()
     run(steps=40, fetch_every=10)
-    assert fetched == [9, 10, 10, 11] and STEP._cache_size() == before
+    assert fetched == [9, 10, 10, 11]
+
+
+def test_batches_on_the_device_are_all_that_a_step_needs():
+    """The host hands over nothing, from the first step on."""
+    there = [jax.device_put(batch) for batch in itertools.islice(stream(), 14)]
+    state = fresh()
+    with jax.transfer_guard_host_to_device('disallow'):
+        last, seen = run(state=state, batches=iter(there), fetch_every=3)
+    assert (last, seen) == run()
+    with pytest.raises(Exception, match='Disallowed host-to-device'):  # the guard sees a step
+        with jax.transfer_guard_host_to_device('disallow'):
+            run(steps=1)
+
+
+def test_after_the_first_step_nothing_is_compiled(tmp_path):
+    """Not by a checkpoint either, nor by what happens between steps, nor where a run goes on."""
+    step = pj.train_step(loss, TX)
+
+    def train(steps):
+        with checkpoints(tmp_path) as saved:
+            batches = stream()
+            state = saved.resume(fresh(), batches)
+            options = {'checkpoints': saved, 'save_every': 2, 'fetch_every': 3}
+            with compiled() as names:
+                pj.fit(step, PARAMS, state, batches, steps=steps, **options)
+            return names
+
+    assert train(4).count('jit(step)') == 1
+    assert train(9) == []
 
 
 def test_it_runs_beside_the_main_thread(unbroken):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from zoo import normal
 
 import peftjax as pj
@@ -119,6 +120,23 @@ def test_dtypes_keys_and_empty_arrays_come_back(tmp_path):
     assert bits(restored.state) == bits(state)
     kinds = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
     assert kinds(restored.state) == kinds(state)
+
+
+def test_on_a_mesh_what_was_read_goes_along_with_theta(tmp_path):
+    """A fresh state that belongs to no device must not come back as one of the first device."""
+    mesh = jax.make_mesh((2,), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec('model'))
+    params, bound = jax.device_put(PARAMS, sharding), jax.device_put(fresh().phi, sharding)
+    with checkpoints(tmp_path) as saved:
+        saved.save(STEP(params, fresh(), X)[0])
+        for like in (fresh(), fresh()._replace(phi=bound)):
+            found = saved.restore(like)
+            assert found is not None
+            for new, old in zip(*map(jax.tree.leaves, (found.state, like)), strict=True):
+                assert new.committed == old.committed
+                assert not old.committed or new.sharding == old.sharding
+            state, value = STEP(params, found.state, X)
+            assert int(state.step) == 2 and np.isfinite(value)
 
 
 def test_the_newest_stay(tmp_path):

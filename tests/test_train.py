@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import compiled
 from zoo import normal
 
 import peftjax as pj
@@ -161,15 +162,20 @@ def test_wrong_calls_say_what_came():
         step(params, state, batch)
 
 
-def test_the_second_step_compiles_nothing_and_theta_is_as_it_was():
-    tx, traces = optax.sgd(0.1), []
+@pytest.mark.parametrize('accumulate', [1, 3])
+def test_the_second_step_compiles_nothing_and_theta_is_as_it_was(accumulate):
+    tx, traces = pj.moving_average(optax.sgd(0.1, momentum=0.9), decay=0.9), []
     params, forward, state = setup(tx)
 
     def loss(params, phi, batch, key):
         traces.append(None)
         return weighted(forward)(params, phi, batch, key)
 
-    step, before = pj.train_step(loss, tx), bits(params)
-    for _ in range(3):
-        state, _ = step(params, state, (X, WEIGHTS))
-    assert len(traces) == 1 and bits(params) == before
+    step, before = pj.train_step(loss, tx, accumulate=accumulate), bits(params)
+    batch = (X, WEIGHTS) if accumulate == 1 else cut((X, WEIGHTS), accumulate)
+    state, _ = step(params, state, batch)
+    first = len(traces)
+    with compiled() as names:
+        for _ in range(3):
+            state, _ = step(params, state, batch)
+    assert first > 0 == len(traces) - first and names == [] and bits(params) == before
