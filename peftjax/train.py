@@ -69,7 +69,7 @@ def start(
       keep_best: whether the state has a place for the best phi, as `KeepBest` needs.
 
     Returns:
-      The state; phi is donated with it, at the first step.
+      The state; phi is donated with it, at the first step. The key is copied.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -78,7 +78,7 @@ def start(
       (0, 0)
     """
     count = lambda: jnp.zeros((), jnp.int32)  # each a buffer of its own: the state is donated
-    state = TrainState(phi, tx.init(phi), count(), key, count())
+    state = TrainState(phi, tx.init(phi), count(), jnp.copy(key), count())
     if not keep_best:
         return state
     value, own = jnp.full((), jnp.nan, jnp.float32), jax.tree.map(jnp.copy, phi)

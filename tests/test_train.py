@@ -151,6 +151,18 @@ def test_an_update_that_is_not_finite_is_not_made(bad, accumulate):
     assert (int(state.step), int(state.skipped)) == (3, 1)
 
 
+def test_a_key_stays_its_owners():
+    tx, key = optax.sgd(0.1), jax.random.key(1)
+    params, forward, state = setup(tx)
+    step = pj.train_step(weighted(forward), tx)
+    for _ in range(2):
+        mine = pj.start(tx, jax.tree.map(jnp.copy, state.phi), key)
+        mine, _ = step(params, mine, (X, WEIGHTS))
+        assert not key.is_deleted() and bits(jax.random.key_data(mine.key)) == bits(
+            jax.random.key_data(key)
+        )
+
+
 def test_wrong_calls_say_what_came():
     tx = optax.sgd(0.1)
     params, forward, state = setup(tx)
