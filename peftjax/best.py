@@ -24,7 +24,8 @@ class KeepBest:
     one: with the same best phi, after the same step; one that was ended stays so.
 
     Attributes:
-      evaluate: `evaluate(step, phi)` to a number, or to numbers by name.
+      evaluate: `evaluate(step, phi)` to a number, or to numbers by name; the same in every process
+        where there are several.
       by: the name of the number that counts, where there are names.
       maximize: whether more is better.
       min_delta: what an improvement must exceed.

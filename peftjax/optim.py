@@ -94,6 +94,9 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
     Where they are not (schedule-free optimizers, those that find the rate themselves), use
     `optax.partition`.
 
+    Everything else has the optimizer's own rate: biases, magnitudes, heads. PEFT's `loraplus` gives
+    vectors the rate of `b`, and the pairs of embeddings, where `a` starts at zero, a third one.
+
     Args:
       ratio: the rate of `b` over that of `a`, above 1 in the paper.
 
