@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from peftjax._beside import beside
 from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.losses import Loss
@@ -48,7 +49,8 @@ def start(tx: optax.GradientTransformation, phi: Phi, key: Array) -> TrainState:
       key: typed PRNG key, for dropout and whatever else a loss draws.
 
     Returns:
-      The state; phi is donated with it, at the first step.
+      The state; phi is donated with it, at the first step. What does not lie on the mesh of phi
+      is copied to it, so that the first step finds everything where the later ones do.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -57,7 +59,7 @@ def start(tx: optax.GradientTransformation, phi: Phi, key: Array) -> TrainState:
       (0, 0)
     """
     count = lambda: jnp.zeros((), jnp.int32)  # each a buffer of its own: the state is donated
-    return TrainState(phi, tx.init(phi), count(), key, count())
+    return beside(TrainState(phi, tx.init(phi), count(), key, count()), phi)
 
 
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
