@@ -4,7 +4,7 @@ It stays in memory as phi has it: a scan slices it as it lies, and at the use on
 none, brings it into the form that the use needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import lax
@@ -49,6 +49,21 @@ def lay(array: Array, axes: Sequence[int | None], rank: int) -> Factor:
     where = {axis: d for d, axis in enumerate(axes) if axis is not None}
     extra = (d for d, axis in enumerate(axes) if axis is None)
     return Factor(array, (*(where.get(axis) for axis in range(rank)), *extra))
+
+
+def along(
+    arrays: Mapping[str, Array], axes: Mapping[str, Sequence[int | None]], rank: int
+) -> tuple[dict[str, Factor], dict[str, frozenset[int]]]:
+    """Arrays of phi as factors, and the leaf axes that each depends on.
+
+    Args:
+      arrays: by name.
+      axes: for each, the leaf axis that each dimension goes along; `None` where it goes along none.
+      rank: the number of dimensions of the leaf.
+    """
+    factors = {name: lay(array, axes[name], rank) for name, array in arrays.items()}
+    spans = {name: frozenset(a for a in axes[name] if a is not None) for name in arrays}
+    return factors, spans
 
 
 def place(array: Array, axes: Sequence[int], rank: int) -> Array:

@@ -25,6 +25,10 @@ class LeafMethod(Method):
         # a copy: phi is donated in training, theta must outlive it
         return {site.path: {'value': jnp.array(float32(params[site.path]))} for site in sites}
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        return {'value': tuple(range(site.rank))}
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> Array:
         """See `Method`: the trained value, in the dtype of the leaf that it replaces."""
         del site, key

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax import _paths
-from peftjax._factor import Factor, lay
+from peftjax._factor import Factor, along, lay
 from peftjax._method import At, Method, Rule, site_key, stacked_keys
 from peftjax._sites import Site
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
 
-Factors = dict[str, Array | Factor]
+Factors = dict[str, Factor]
 Spans = dict[str, frozenset[int]]
 
 
@@ -60,17 +61,9 @@ def direction(at: At) -> tuple[str, str] | None:
     return None
 
 
-def pair_factors(site: Site, phi: Phi) -> tuple[Factors, Spans]:
-    """`a` and `b` as they lie along the leaf, and the leaf axes that each depends on."""
-    factors: Factors = {
-        'a': lay(phi['a'], (*site.stack, *site.inputs, None), site.rank),
-        'b': lay(phi['b'], (*site.stack, None, *site.outputs), site.rank),
-    }
-    spans = {
-        'a': frozenset((*site.stack, *site.inputs)),
-        'b': frozenset((*site.stack, *site.outputs)),
-    }
-    return factors, spans
+def pair_axes(site: Site) -> dict[str, tuple[int | None, ...]]:
+    """The leaf axes along which `a` and `b` go."""
+    return {'a': (*site.stack, *site.inputs, None), 'b': (*site.stack, None, *site.outputs)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,9 +134,13 @@ class LowRankMethod(Method):
         bound = 1 / math.sqrt(site.fan_in)
         return {'a': jax.random.uniform(key, a, dtype, -bound, bound), 'b': jnp.zeros(b, dtype)}
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        return pair_axes(site)
+
     def low_rank(self, site: Site, phi: Phi, key: Array | None) -> tuple[Factors, Spans, 'LowRank']:
         """The pair along the leaf, the axes that each depends on, and the rule of the product."""
-        factors, spans = pair_factors(site, phi)
+        factors, spans = along({name: phi[name] for name in 'ab'}, pair_axes(site), site.rank)
         dropout = 0.0
         if key is not None and self.dropout:
             dropout = self.dropout

@@ -182,6 +182,15 @@ class Method(abc.ABC):
           key: for dropout; `None` switches it off.
         """
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """For arrays of phi at a site, the leaf axis that each dimension goes along, or `None`.
+
+        Where the leaf is spread over a mesh, so are these arrays along the same axes; an array
+        that is not told of lies whole on every device.
+        """
+        del site
+        return {}
+
     def expand(self, sites: tuple[Site, ...], phi: Phi) -> Phi:
         """Phi with one entry for each site, where it is kept in another form."""
         del sites

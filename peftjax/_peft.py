@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
-from peftjax import _paths, _virtual
+from peftjax import _beside, _paths, _virtual
 from peftjax._call import Call, result_shapes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
@@ -67,13 +68,50 @@ class Peft:
           params: the model's parameters.
 
         Returns:
-          `{path: {name: array}}`, under a chain `{method: {path: {name: array}}}`.
+          `{path: {name: array}}`, under a chain `{method: {path: {name: array}}}`; where the
+          parameters lie on a mesh, as `shardings` says. Values do not depend on the mesh.
 
         Raises:
           ValueError: `params` is not the tree that the method was attached to.
         """
         self._check_params(params)
-        return self._fresh(key, params)
+        phi = self._fresh(key, params)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(phi)):
+            return phi  # whoever traces says where results lie
+        where = self._shardings(params, phi)
+        return phi if where is None else jax.device_put(phi, where)
+
+    def shardings(self, params: PyTree) -> PyTree | None:
+        """Where phi lies on the mesh of the parameters: along the weights that it changes.
+
+        An axis of an array that goes along an axis of a weight, such as that of LoRA's `a` along
+        the weight's inputs, is split as that one is; all others, and what changes a named value,
+        lie whole on every device.
+
+        Args:
+          params: the model's parameters, or their shapes with shardings.
+
+        Returns:
+          A tree like phi of `NamedSharding`s, for `jax.jit(peft.init, out_shardings=...)`,
+          `jax.device_put` and their like; None where no parameter has a `NamedSharding`.
+
+        Raises:
+          ValueError: `params` is not the tree that the method was attached to.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, peftjax as pj
+          >>> from jax.sharding import NamedSharding, PartitionSpec
+          >>> mesh = jax.make_mesh((1,), ('model',))
+          >>> where = NamedSharding(mesh, PartitionSpec(None, 'model'))
+          >>> params = {'kernel': jax.device_put(jnp.ones((3, 4)), where)}
+          >>> peft = pj.attach(pj.Lora(rank=2, target='kernel'),
+          ...     lambda p, x: x @ p['kernel'], params, jnp.ones((5, 3)))
+          >>> {name: tuple(s.spec) for name, s in peft.shardings(params)['kernel'].items()}
+          {'a': (None, None), 'b': (None, 'model')}
+        """
+        self._check_params(params)
+        fresh = lambda p: self._fresh(jax.random.key(0), p)
+        return self._shardings(params, jax.eval_shape(fresh, params))
 
     def wrap(self, fn: ApplyFn) -> 'PeftForward':
         """Turns `fn(params, *args, **kwargs)` into `forward(params, phi, *args, **kwargs)`.
@@ -153,6 +191,9 @@ class Peft:
             (part, chosen, part.expand(chosen, _at(phi, keys)))
             for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True)
         ]
+
+    def _shardings(self, params: PyTree, phi: Phi) -> PyTree | None:
+        return _beside.shardings(self.method, self.sites, _paths.leaves(params), phi)
 
     def _fresh(self, key: Array, params: PyTree) -> Phi:
         """`init` without a check."""

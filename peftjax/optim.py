@@ -73,6 +73,8 @@ def chain_optimizer(
     """
 
     def labels(phi: PyTree) -> PyTree:
+        if _is_placeholder(phi):
+            return phi
         found = set(phi) if isinstance(phi, Mapping) else set()
         if wrong := found.symmetric_difference(optimizers):
             raise ValueError(
@@ -122,7 +124,7 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
         raise ValueError(f'ratio must be a positive number: received {ratio}')
 
     def init(params: PyTree) -> optax.OptState:
-        if not _pairs(params):
+        if not _pairs(params) and not _is_placeholder(params):
             keys = sorted(params) if isinstance(params, Mapping) else type(params).__name__
             raise ValueError(
                 'LoRA+ is for pairs of a and b, as Lora and Dora have them; phi has none, its keys '
@@ -135,6 +137,11 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
         return _scaled(updates, ratio), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_placeholder(tree: PyTree) -> bool:
+    """Whether it stands for phi where optax asks which parts of a state are of phi."""
+    return not isinstance(tree, Mapping) and not jax.tree.leaves(tree)
 
 
 def _is_pair(tree: Any) -> bool:

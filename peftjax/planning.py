@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from peftjax import _paths
 from peftjax._flops import flops
 from peftjax._peft import Peft
 from peftjax._types import PyTree
-from peftjax.train import LossFn, start, train_step
+from peftjax.sharding import state_shardings
+from peftjax.train import LossFn, TrainState, start, train_step
 
 CPU_OPTIONS: Mapping[str, Any] = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
 """A CPU computes in float32 what is bfloat16, and casts stacked weights as a whole, before the loop
@@ -108,7 +109,7 @@ def plan(
 
     No weights are needed, nor room for them: `params` and `batch` may be
     `jax.ShapeDtypeStruct`s. Where these have a `NamedSharding`, phi and the optimizer's state are
-    planned whole on every device of that mesh, and the step is compiled for it.
+    planned along them, as `Peft.shardings` says, and the step is compiled for that mesh.
 
     Temporaries are those that the compiler plans (`memory_analysis`), on whatever backend is there.
     On a CPU they are more than on an accelerator: attention scores are held for the layer at hand,
@@ -145,10 +146,7 @@ def plan(
       (32768, 768, 131072)
     """
     mesh = _mesh(params, batch)
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    phi = _placed(jax.eval_shape(peft.init, jax.random.key(0), params), everywhere)
-    fresh = lambda phi: start(tx, phi, jax.random.key(0))
-    state = _placed(jax.eval_shape(fresh, phi), everywhere)
+    state = _state(peft, params, tx)
     traced = train_step(loss_fn, tx).trace(params, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
     options = CPU_OPTIONS if platform == 'cpu' else {}
@@ -173,11 +171,20 @@ def _mesh(*trees: Any) -> Any:
     return next((where.mesh for where in shardings if isinstance(where, NamedSharding)), None)
 
 
-def _placed(tree: Any, where: NamedSharding | None) -> Any:
+def _state(peft: Peft, params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes of the state of training, where it would lie."""
+    phi = jax.eval_shape(peft.init, jax.random.key(0), params)
+    phi = _placed(phi, peft.shardings(params))
+    state = jax.eval_shape(lambda phi: start(tx, phi, jax.random.key(0)), phi)
+    return _placed(state, state_shardings(tx, phi))
+
+
+def _placed(tree: Any, where: Any) -> Any:
     """Shapes that lie somewhere."""
     if where is None:
         return tree
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+    at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(at, tree, where)
 
 
 def _nbytes(leaf: Any) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from peftjax._beside import beside
 from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.losses import Loss
@@ -69,7 +70,9 @@ def start(
       keep_best: whether the state has a place for the best phi, as `KeepBest` needs.
 
     Returns:
-      The state; phi is donated with it, at the first step. The key is copied.
+      The state; phi is donated with it, at the first step, the key is copied. What does not lie on
+      the mesh of phi is copied to it, so that the first step finds everything where the later ones
+      do.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -78,11 +81,11 @@ def start(
       (0, 0)
     """
     count = lambda: jnp.zeros((), jnp.int32)  # each a buffer of its own: the state is donated
-    state = TrainState(phi, tx.init(phi), count(), jnp.copy(key), count())
-    if not keep_best:
-        return state
-    value, own = jnp.full((), jnp.nan, jnp.float32), jax.tree.map(jnp.copy, phi)
-    return state._replace(best=Best(own, value, count(), count()))
+    best = None
+    if keep_best:
+        value, own = jnp.full((), jnp.nan, jnp.float32), jax.tree.map(jnp.copy, phi)
+        best = Best(own, value, count(), count())
+    return beside(TrainState(phi, tx.init(phi), count(), jnp.copy(key), count(), best), phi)
 
 
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:

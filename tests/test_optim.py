@@ -198,3 +198,15 @@ def test_lora_plus_keeps_the_dtype():
     phi = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PHI)
     updates, _ = pj.lora_plus(16).update(phi, optax.EmptyState())
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_optax_can_tell_which_parts_of_the_state_are_of_phi():
+    """As placing a state on a mesh asks."""
+    each = {'lora': optax.chain(optax.adam(0.1), pj.lora_plus(4)), 'head': optax.adam(0.1)}
+    tx = pj.moving_average(pj.chain_optimizer(each), decay=0.9)
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    like = lambda kept, of: kept if is_masked(kept) else kept.shape == of.shape
+    found = optax.tree.map_params(
+        tx, like, tx.init(CHAIN), CHAIN, transform_non_params=lambda _: None, is_leaf=is_masked
+    )
+    assert jax.tree.leaves(found) == [True] * 9  # two moments and an average of three arrays

@@ -102,13 +102,14 @@ def test_a_plan_counts_bytes_on_each_device():
     placed = jax.tree_util.tree_map_with_path(lambda k, x: at(x, where(name(k))), params)
     with jax.numpy_dtype_promotion('standard'):
         one = planned(model, params, IDS)
-        four = planned(model, placed, at(IDS, models.batch_sharding(mesh)))
+        four = planned(model, placed, at(IDS, pj.sharding.batch_sharding(mesh)))
     norms = 4 * 128 * (2 * 3 + 1)
     matrices = 4 * (2 * 512 * 128 + 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256))
     trained = 3 * 2 * 4 * 128
     assert one.whole == (norms + matrices, 4 * trained, 8 * trained + 4)
     assert one.whole == one.device == four.whole
-    assert four.device == (norms + matrices // 2, 4 * trained, 8 * trained + 4)
+    there = 3 * (128 * 4 + 4 * 128 // 2)  # b is split as the outputs of its weight
+    assert four.device == (norms + matrices // 2, 4 * there, 8 * there + 4)
     assert (one.devices, four.devices) == (1, 4) and one.flops == four.flops
     assert 0.2 < four.temporaries / one.temporaries < 0.6
     assert one.peak == sum(one.whole) + one.temporaries

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import peftjax as pj
-from peftjax import _paths, losses, models
+from peftjax import _paths, losses, models, sharding
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _recipes
 from peftjax.cli.language._task import SCHEMES, check_embeddings, quantized, rounding
@@ -95,7 +95,7 @@ def _shapes(
                          f'so many devices; got {options.batch}')  # fmt: skip
     where = models.decoder_sharding(config, mesh)
     placed = {path: _at(leaf, where(path)) for path, leaf in _paths.leaves(params).items()}
-    ids = _at(ids, models.batch_sharding(mesh))
+    ids = _at(ids, sharding.batch_sharding(mesh))
     return Shapes(model, _paths.replace(params, placed), ids)
 
 

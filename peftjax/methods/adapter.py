@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax import _paths
-from peftjax._factor import lay
+from peftjax._factor import along
 from peftjax._method import At, Method, OutputRule, float32, site_key
 from peftjax._sites import Site
 from peftjax._standin import StandIn
@@ -158,18 +158,22 @@ class Adapter(Method):
         bound = fan_in**-0.5 if fan_in else 0.0
         return jax.random.uniform(key, shape, self.dtype, -bound, bound)
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        whole = (*site.stack, *site.outputs)
+        norms = (f'{side}_{part}' for side in ('before', 'after') for part in ('scale', 'bias'))
+        return {
+            **dict.fromkeys(('up_bias', *norms), whole),
+            **dict.fromkeys(('down', 'gate'), (*whole, None)),
+            **dict.fromkeys(('down_bias', 'gate_bias'), (*site.stack, None)),
+            'up': (*site.stack, None, *site.outputs),
+            'scale': whole if self.scale == 'channel' else site.stack,
+        }
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         del key
-        factors, spans = {}, {}
-        for name, array in phi.items():
-            hidden = name in ('down_bias', 'gate_bias') or array.ndim == len(site.stack)
-            made = () if hidden else site.outputs
-            extra = (None,) * (array.ndim - len(site.stack) - len(made))
-            laid = (*extra, *made) if name == 'up' else (*made, *extra)
-            factors[name] = lay(array, (*site.stack, *laid), site.rank)
-            spans[name] = frozenset((*site.stack, *made))
-        return StandIn.over(site, w, factors, spans, Bottleneck(self))
+        return StandIn.over(site, w, *along(phi, self.axes(site), site.rank), Bottleneck(self))
 
     def merge(self, site: Site, leaves: Mapping[Path, Array], phi: Phi) -> Mapping[Path, Array]:
         """See `Method`: refuses."""

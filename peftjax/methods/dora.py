@@ -63,6 +63,10 @@ class Dora(LowRankMethod):
             phi[site.path] = {**pair, 'm': norm}
         return phi
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        return {**super().axes(site), 'm': (*site.stack, *site.outputs)}
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         factors, spans, product = self.low_rank(site, phi, key)

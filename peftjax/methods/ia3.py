@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from peftjax import _paths
-from peftjax._factor import lay
+from peftjax._factor import along
 from peftjax._method import At, Method, OutputRule, Rule, float32
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn, place
@@ -77,13 +77,15 @@ class Ia3(Method):
             site.path: {'l': jnp.ones(site.sizes(self._axes(site)), self.dtype)} for site in sites
         }
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        return {'l': self._axes(site)}
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         del key
-        axes = self._axes(site)
         rule = ScaleInput() if self.feeds(site) else ScaleOutput()
-        factors = {'l': lay(phi['l'], axes, site.rank)}
-        return StandIn.over(site, w, factors, {'l': frozenset(axes)}, rule)
+        return StandIn.over(site, w, *along(phi, self.axes(site), site.rank), rule)
 
     def merge(self, site: Site, leaves: Mapping[Path, Array], phi: Phi) -> Mapping[Path, Array]:
         """See `Method`; the bias is scaled with the weight."""

@@ -155,6 +155,11 @@ class PrefixTuning(Method):
         """See `Method`: the prefix trained directly."""
         return dataclasses.replace(self, projection=0)
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`; what all layers share goes along no leaf."""
+        across = (*site.stack, None, *site.outputs)
+        return {'prefix': across, 'up': across, 'up_bias': (*site.stack, *site.outputs)}
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         del key

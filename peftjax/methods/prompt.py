@@ -134,6 +134,10 @@ class PromptTuning(Method):
             raise ValueError(f'initial holds ids outside the vocabulary of {rows.shape[0]}: {ids}')
         return rows[jnp.asarray(ids)]
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        return {'prompt': (*site.stack, None, *site.outputs)}
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`."""
         del key

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from peftjax._lowrank import LowRank, pair_factors
+from peftjax._factor import along
+from peftjax._lowrank import LowRank, pair_axes
 from peftjax._method import Method, float32
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn
@@ -76,6 +77,10 @@ class TrainableTokens(Method):
             for site in sites
         }
 
+    def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
+        """See `Method`."""
+        return {'rows': (*site.stack, None, *site.outputs)}
+
     def bind(self, site: Site, w: Any, phi: Phi, key: Array | None) -> StandIn:
         """See `Method`: a product of rank `len(ids)`; one factor says which row is whose."""
         del key
@@ -85,8 +90,8 @@ class TrainableTokens(Method):
         which = jnp.broadcast_to(
             which.astype(change.dtype), (*site.sizes(site.stack), *which.shape)
         )
-        factors, spans = pair_factors(site, {'a': which, 'b': change})
-        return StandIn.over(site, w, factors, spans, LowRank(1.0))
+        pair = along({'a': which, 'b': change}, pair_axes(site), site.rank)
+        return StandIn.over(site, w, *pair, LowRank(1.0))
 
     def merge(self, site: Site, leaves: Mapping[Path, Array], phi: Phi) -> Mapping[Path, Array]:
         """See `Method`: the rows themselves."""

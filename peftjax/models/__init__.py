@@ -31,8 +31,10 @@ from peftjax.models._load_decoder import abstract_decoder as abstract_decoder
 from peftjax.models._load_decoder import decoder_config as decoder_config
 from peftjax.models._load_decoder import is_quantized as is_quantized
 from peftjax.models._load_decoder import load_decoder as load_decoder
-from peftjax.models._placement import batch_sharding as batch_sharding
+from peftjax.models._placement import decoder_rules as decoder_rules
 from peftjax.models._placement import decoder_sharding as decoder_sharding
+from peftjax.models._placement import encoder_rules as encoder_rules
+from peftjax.models._placement import encoder_sharding as encoder_sharding
 from peftjax.models._quantize_decoder import QuantizedFolder as QuantizedFolder
 from peftjax.models._quantize_decoder import quantize_decoder as quantize_decoder
 from peftjax.models._save_decoder import save_decoder as save_decoder

@@ -92,11 +92,7 @@ def load_encoder(
     compute = Compute(
         scan_layers=scan_layers, dtype=dtype, param_dtype=dtype, attention=attention, save=save
     )
-    model = (
-        SequenceClassifier(config, compute, head)
-        if head in ('classifier', 'mean')
-        else Encoder(config, compute)
-    )
+    model = encoder_model(config, compute, head)
     shapes = parameter_shapes(model, pooled=head == 'pooler')
     naming = encoder_naming(config)
     plan = match(
@@ -114,6 +110,24 @@ def load_encoder(
 
     params = fill(shapes, plan, sharding, draw)
     return Loaded(model, params, config, plan.fresh, plan.unused)
+
+
+def encoder_model(
+    config: EncoderConfig, compute: Compute, head: Head | None
+) -> Encoder | SequenceClassifier:
+    """The module that `load_encoder` fills.
+
+    Args:
+      config: of the encoder.
+      compute: how it computes.
+      head: as of `load_encoder`.
+
+    Returns:
+      The encoder, or a classifier over it.
+    """
+    if head in ('classifier', 'mean'):
+        return SequenceClassifier(config, compute, head)
+    return Encoder(config, compute)
 
 
 def parameter_shapes(
