@@ -96,7 +96,7 @@ def _tune(commands: Any) -> None:
         '--accumulate',
         type=count,
         metavar='PARTS',
-        help='compute them in so many parts, one after the other: less memory, the same step (1)',
+        help='compute them in so many parts, one after the other, for less memory (1)',
     )
     sub.add_argument(
         '--seed', type=seed, default=0, help='of sampling, order and dropout (%(default)s)'
