@@ -74,5 +74,7 @@ def _of(leaf: Any) -> Sharding | None:
 
 def _along(where: NamedSharding, axes: tuple[int | None, ...]) -> NamedSharding:
     spec = dict(enumerate(where.spec))
-    mine = (None if axis is None else spec.get(axis) for axis in axes)
+    mine = [None if axis is None else spec.get(axis) for axis in axes]
+    while mine and mine[-1] is None:  # as JAX writes what a step gives back
+        mine.pop()
     return NamedSharding(where.mesh, PartitionSpec(*mine))

@@ -107,7 +107,7 @@ class Peft:
           >>> peft = pj.attach(pj.Lora(rank=2, target='kernel'),
           ...     lambda p, x: x @ p['kernel'], params, jnp.ones((5, 3)))
           >>> {name: tuple(s.spec) for name, s in peft.shardings(params)['kernel'].items()}
-          {'a': (None, None), 'b': (None, 'model')}
+          {'a': (), 'b': (None, 'model')}
         """
         self._check_params(params)
         fresh = lambda p: self._fresh(jax.random.key(0), p)

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from peftjax import _arrays, _folder, _manifest, _names, _serialize
 from peftjax import methods as _methods
 from peftjax._chain import Chain
@@ -175,7 +177,8 @@ def load(
     Args:
       directory: the folder, or with `name` the one that it is in.
       name: as given to `save`.
-      params: the base parameters, to be checked as by `Loaded.check`.
+      params: the base parameters, to be checked as by `Loaded.check`; where they lie on a mesh, phi
+        is put there too, as `Peft.shardings` says.
       allow_other_base: take other values of the same shapes.
       allow_nonfinite: take NaN and Inf.
       methods: classes of your own that may occur, besides those of `peftjax.methods`.
@@ -215,9 +218,11 @@ def load(
     if not allow_nonfinite:
         _arrays.check_finite(_arrays.host(phi), f'phi in {str(folder / ARRAYS)!r}')
     loaded = Loaded(peft, phi, fingerprint, metadata)
-    if params is not None:
-        loaded.check(params, allow_other_base=allow_other_base)
-    return loaded
+    if params is None:
+        return loaded
+    loaded.check(params, allow_other_base=allow_other_base)
+    where = peft.shardings(params)
+    return loaded if where is None else dataclasses.replace(loaded, phi=jax.device_put(phi, where))
 
 
 def _known(methods: Sequence[type[Method]]) -> dict[str, type]:

@@ -1,7 +1,11 @@
 """What tuning a model will take, from shapes alone."""
 
+import collections
+import contextlib
 import dataclasses
 import math
+import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from peftjax import _paths
+from peftjax._collectives import collectives
 from peftjax._flops import flops
 from peftjax._peft import Peft
 from peftjax._types import PyTree
@@ -20,6 +25,9 @@ from peftjax.train import LossFn, TrainState, start, train_step
 CPU_OPTIONS: Mapping[str, Any] = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
 """A CPU computes in float32 what is bfloat16, and casts stacked weights as a whole, before the loop
 over layers; accelerators hold no such copy."""
+
+PARTITIONING = 'spmd-partitioning'
+"""The pass of XLA that makes one device's program of that of all."""
 
 
 class Held(NamedTuple):
@@ -47,6 +55,8 @@ class Plan:
       device: bytes on each device.
       temporaries: bytes on each device of what a step holds besides: activations kept for the
         backward pass, gradients, and what is needed in passing.
+      received: bytes that each device gets from collective operations in a step, by operation;
+        of a gather all that it gives, of a sum its result.
       flops: of the products of one step, all devices together.
       tokens: of one step.
       devices: how many.
@@ -58,6 +68,7 @@ class Plan:
     whole: Held
     device: Held
     temporaries: int
+    received: Mapping[str, int]
     flops: float
     tokens: int
     devices: int
@@ -76,6 +87,7 @@ class Plan:
             *((f'bytes of {name}', self._bytes(i)) for i, name in enumerate(_NAMES)),
             ('temporaries of a step', _size(self.temporaries) + self._each),
             ('all of it', _size(self.peak) + self._each),
+            *((f'{name} of a step', _size(n) + self._each) for name, n in self.received.items()),
             ('tokens of a step', f'{self.tokens:,}'),
             ('FLOPs of a step', f'{self.flops:.4g}'),
             ('FLOPs per token', f'{self.flops / self.tokens:.4g}'),
@@ -147,17 +159,19 @@ def plan(
     """
     mesh = _mesh(params, batch)
     state = _state(peft, params, tx)
-    traced = train_step(loss_fn, tx).trace(params, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        traced = train_step(loss_fn, tx).trace(params, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
     options = CPU_OPTIONS if platform == 'cpu' else {}
-    memory = traced.lower().compile(compiler_options=dict(options)).memory_analysis()
+    compiled, text = _compiled(traced, dict(options))
     parts = (params, state.phi, state.opt_state)
     return Plan(
         params=sum(math.prod(leaf.shape) for leaf in _paths.leaves(params).values()),
         trained=peft.count(),
         whole=Held(*(sum(map(_nbytes, jax.tree.leaves(part))) for part in parts)),
         device=Held(*(sum(map(_local_nbytes, jax.tree.leaves(part))) for part in parts)),
-        temporaries=memory.temp_size_in_bytes,
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        received=_received(text),
         flops=flops(traced.jaxpr),
         tokens=tokens,
         devices=1 if mesh is None else mesh.size,
@@ -169,6 +183,25 @@ def _mesh(*trees: Any) -> Any:
     """The mesh that arrays lie on, if they lie on one."""
     shardings = (getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(trees))
     return next((where.mesh for where in shardings if isinstance(where, NamedSharding)), None)
+
+
+def _compiled(traced: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    """A step, and the text of its program after it was partitioned.
+
+    What a CPU makes of it later computes, and sends, in float32 what is bfloat16.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options |= {'xla_dump_to': folder, 'xla_dump_hlo_pass_re': PARTITIONING}
+        compiled = traced.lower().compile(compiler_options=options)
+        found = sorted(pathlib.Path(folder).glob(f'*after_{PARTITIONING}*.txt'))
+        return compiled, found[0].read_text() if found else compiled.as_text()
+
+
+def _received(text: str) -> dict[str, int]:
+    totals = collections.Counter[str]()
+    for one in collectives(text):
+        totals[one.operation] += one.nbytes
+    return dict(sorted(totals.items()))
 
 
 def _state(peft: Peft, params: PyTree, tx: optax.GradientTransformation) -> TrainState:

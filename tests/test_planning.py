@@ -112,6 +112,8 @@ def test_a_plan_counts_bytes_on_each_device():
     assert four.device == (norms + matrices // 2, 4 * there, 8 * there + 4)
     assert (one.devices, four.devices) == (1, 4) and one.flops == four.flops
     assert 0.2 < four.temporaries / one.temporaries < 0.6
+    assert one.received == {} and set(four.received) >= {'all-reduce'}
+    assert 'all-reduce of a step' in str(four)
     assert one.peak == sum(one.whole) + one.temporaries
     assert 'on each device' in str(four) and 'on each device' not in str(one)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from peftjax._factor import lay
 from peftjax._lowrank import LowRank, LowRankMethod
@@ -155,4 +156,14 @@ def _layer(site: Site) -> Site:
 
 
 def _sum(spec: str, *terms: Array) -> Array:
-    return jnp.einsum(spec, *terms, preferred_element_type=jnp.float32)
+    # on explicit axes a product over axes that are split must be told where its result lies
+    where: dict[str, Any] = {}
+    ins, out = spec.split('->')
+    for letters, term in zip(ins.split(','), terms, strict=True):
+        where |= {
+            letter: entry
+            for letter, entry in zip(letters, jax.typeof(term).sharding.spec, strict=True)
+            if entry is not None
+        }
+    told: dict[str, Any] = {'out_sharding': PartitionSpec(*map(where.get, out))} if where else {}
+    return jnp.einsum(spec, *terms, preferred_element_type=jnp.float32, **told)

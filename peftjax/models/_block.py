@@ -10,6 +10,7 @@ from peftjax.models._compute import Compute
 from peftjax.models._config import EncoderConfig
 from peftjax.models._dropout import Dropout, keep
 from peftjax.models._layers import LayerNorm, linear
+from peftjax.models._split import split_rows
 from peftjax.models._stack import stack
 
 
@@ -109,7 +110,7 @@ class Block(nn.Module):
         inner = _Intermediate(config, compute, name='intermediate')(x)
         names = ('mlp_output', 'mlp_residual')
         output = _Output(config, compute, *names, name='output')
-        return output(inner, x, deterministic), None
+        return split_rows(output(inner, x, deterministic)), None
 
 
 class Stack(nn.Module):

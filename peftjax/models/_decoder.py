@@ -15,6 +15,7 @@ from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._kernel import keep
 from peftjax.models._layers import Embedding, linear
 from peftjax.models._sight import Sight, count_positions, find_places, find_sights
+from peftjax.models._split import split_rows
 from peftjax.models._stack import stack
 
 Array = jax.Array
@@ -57,7 +58,7 @@ class _Body(nn.Module):
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.names.positions is not None:
             x = x + self.place(position_ids)
-        x = checkpoint_name(x, 'embeddings')
+        x = split_rows(checkpoint_name(x, 'embeddings'))
         indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
         layers = Layer(indices, jnp.asarray(config.layers, jnp.int32))
         (x, store), _ = self.blocks((x, store), layers, sights)

@@ -15,6 +15,7 @@ from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._experts import Experts
 from peftjax.models._layers import LayerNorm, RmsNorm, linear
 from peftjax.models._sight import Sight, sight_of
+from peftjax.models._split import split_rows
 
 KEPT = ('query', 'key', 'value', 'context', 'attention_residual', 'gate', 'up')
 """What a gradient keeps of a block, where it is not to keep everything nor to compute all again."""
@@ -121,7 +122,7 @@ class Block(nn.Module):
         mlp = FeedForward if names.router is None else Experts
         y = mlp(config, compute, name=names.mlp)(self._norm(names.before_mlp, x))
         y = self._norm(names.after_mlp, checkpoint_name(y, 'mlp_output'))
-        return (checkpoint_name(x + y, 'mlp_residual'), store), None
+        return (split_rows(checkpoint_name(x + y, 'mlp_residual')), store), None
 
     def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
         return x if name is None else norm(self.config, self.compute, name)(x)

@@ -13,6 +13,7 @@ from peftjax.models._compute import Compute
 from peftjax.models._config import EncoderConfig
 from peftjax.models._dropout import Dropout
 from peftjax.models._layers import Embedding, LayerNorm, linear
+from peftjax.models._split import split_rows
 
 
 class Embeddings(nn.Module):
@@ -186,7 +187,7 @@ class Encoder(nn.Module):
           ValueError: more tokens than positions.
         """
         del pool_mask  # nothing is pooled
-        x = self.embeddings(input_ids, token_type_ids, position_ids, deterministic)
+        x = split_rows(self.embeddings(input_ids, token_type_ids, position_ids, deterministic))
         mask = None if attention_mask is None else attention_mask != 0
         return self.encoder(x, mask, deterministic)
 

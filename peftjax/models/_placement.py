@@ -1,7 +1,6 @@
 """Where the parameters of the models lie on a mesh."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -20,6 +19,7 @@ AXES = ('data', 'fsdp', 'model')
 """Axes of a mesh that mean something. `data` splits batches. `model` splits each product. `fsdp`
 splits batches, and keeps a part of each weight, which is gathered where it is used."""
 
+BY_ROWS = P(('model', 'fsdp'), None)
 BY_INPUTS, BY_OUTPUTS = P('model', 'fsdp'), P('fsdp', 'model')
 
 
@@ -27,8 +27,8 @@ def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
     """How the leaves of a decoder are split over the axes `fsdp` and `model`.
 
     Products into heads and into the inner width are split by what they produce, those back by what
-    they sum over, so that one sum over devices ends each; the head by its vocabulary, the embedding
-    by its rows. Along `fsdp` each is split by its other dimension.
+    they sum over, so that one sum over devices ends each; the head by its vocabulary. Along
+    `fsdp` each is split by its other dimension. The embedding is split by its rows, along both.
 
     Args:
       config: of the decoder.
@@ -43,7 +43,7 @@ def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
       ...     'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 24})
       >>> for pattern, spec in decoder_rules(config):
       ...     print(pattern, tuple(spec))
-      /embedding$ ('model', 'fsdp')
+      /embedding$ (('model', 'fsdp'), None)
       /(self_attn/o_proj|mlp/down_proj|experts/down_proj)/kernel$ ('model', 'fsdp')
       /kernel$ ('fsdp', 'model')
 
@@ -73,7 +73,7 @@ def encoder_rules(config: EncoderConfig) -> tuple[Rule, ...]:
       ...     num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
       >>> for pattern, spec in encoder_rules(config):
       ...     print(pattern, tuple(spec))
-      /embedding$ ('model', 'fsdp')
+      /embedding$ (('model', 'fsdp'), None)
       /output/dense/kernel$ ('model', 'fsdp')
       /kernel$ ('fsdp', 'model')
 
@@ -145,7 +145,8 @@ def encoder_sharding(
 
 def _split(back: str) -> tuple[Rule, ...]:
     """Rules of a model whose products of these names lead back into the residual stream."""
-    return (('/embedding$', BY_INPUTS), (f'/{back}/kernel$', BY_INPUTS), ('/kernel$', BY_OUTPUTS))
+    modules = (f'/{back}/kernel$', BY_INPUTS), ('/kernel$', BY_OUTPUTS)
+    return (('/embedding$', BY_ROWS), *modules)
 
 
 def _sharding(
@@ -155,8 +156,12 @@ def _sharding(
     if unknown:
         raise ValueError(f'the axes of the mesh must be among {AXES}, got {unknown[0]!r}.')
 
-    def fitting(axis: Any, size: int) -> Any:
-        return axis if axis in mesh.axis_names and not size % parts(axis, mesh) else None
+    def fitting(entry: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        names = tuple(name for name in names if name in mesh.axis_names)
+        while names and size % parts(names, mesh):
+            names = names[:-1]
+        return names if len(names) > 1 else next(iter(names), None)
 
     def where(path: str) -> NamedSharding:
         shape = shapes[path].shape
