@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax import _paths
+from peftjax import _paths, _processes
 from peftjax._manifest import CheckpointError
 from peftjax._shapes import differences
 from peftjax._types import Phi
@@ -38,8 +38,8 @@ def specs(phi: Any, where: str = 'phi') -> Any:
 
 
 def host(phi: Phi) -> dict[str, np.ndarray]:
-    """The arrays of phi by path, in host memory."""
-    return {path: np.asarray(leaf) for path, leaf in _paths.leaves(phi).items()}
+    """The arrays of phi by path, in host memory; where parts lie elsewhere, all processes ask."""
+    return {path: _processes.whole(leaf) for path, leaf in _paths.leaves(phi).items()}
 
 
 def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
@@ -62,7 +62,7 @@ def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Stores the arrays that have values.
+    """Stores the arrays that have values; of several processes the first one alone does.
 
     Raises:
       OSError: they could not be written.
@@ -72,8 +72,11 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     filled = {path: array for path, array in arrays.items() if array.size}
     if not filled:
         return
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix='peftjax'
+    )
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
             checkpointer.save(folder, ocp.args.PyTreeSave(filled))
     except ValueError as error:  # TensorStore's way to report any failure of the disk.
         raise OSError(errno.EIO, str(error), str(folder)) from error
@@ -153,7 +156,8 @@ def _compare(folder: Path, want: Mapping[str, Spec], have: Mapping[str, Spec]) -
         )
 
 
-def _handler() -> Any:
+def _handler(processes: Any = None) -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+    how = {} if processes is None else {'multiprocessing_options': processes}
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, **how)

@@ -7,6 +7,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from peftjax import _processes
 from peftjax._chain import Chain
 from peftjax._method import Method
 from peftjax._quantized import Quantized
@@ -62,7 +63,7 @@ def beside(tree: PyTree, others: PyTree) -> PyTree:
     if whole is None:
         return tree
     stays = lambda leaf: isinstance(leaf, Tracer) or isinstance(_of(leaf), NamedSharding)
-    return jax.tree.map(lambda leaf: leaf if stays(leaf) else jax.device_put(leaf, whole), tree)
+    return jax.tree.map(lambda leaf: leaf if stays(leaf) else _processes.put(leaf, whole), tree)
 
 
 def _of(leaf: Any) -> Sharding | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax import _paths
+from peftjax import _paths, _processes
 from peftjax._quantized import Quantized
 from peftjax._types import Array, Path, PyTree
 
@@ -46,11 +46,11 @@ class Fingerprint:
 
         Args:
           params: pytree of arrays, on any device, sharded or not; of a quantized leaf the values
-            that its codes stand for.
+            that its codes stand for. Where parts of it lie with other processes, all of them ask.
 
         Raises:
           TypeError: a leaf holds no values.
-          ValueError: a leaf lies partly with other processes.
+          ValueError: parts of a leaf lie with no process that runs.
         """
         found = []
         for path, leaf in _paths.leaves(params).items():
@@ -70,9 +70,13 @@ class Fingerprint:
 
         A leaf of another float dtype counts as the same where rounding explains the difference.
         """
+        return self.apart(Fingerprint.of(params))
+
+    def apart(self, other: 'Fingerprint') -> list[Path]:
+        """As `differing`, from another fingerprint."""
         mine = {path: (shape, dtype, text) for path, shape, dtype, text in self.leaves}
         wrong = []
-        for path, shape, dtype, text in Fingerprint.of(params).leaves:
+        for path, shape, dtype, text in other.leaves:
             if path in mine and not _same(mine[path], (shape, dtype, text)):
                 wrong.append(path)
         return wrong
@@ -115,10 +119,12 @@ def _values(path: Path, leaf: Any, where: np.ndarray) -> np.ndarray:
         if inside.any():
             values[inside] = _gather(piece, tuple(local[:, inside].astype(np.int32)))
             left &= ~inside
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        values, left = _processes.united(values, left)
     if left.any():
         raise ValueError(
-            f'a fingerprint needs the values of params; {path!r} lies partly with other processes. '
-            'Gather it first, or pass no params'
+            f'a fingerprint needs the values of params; parts of {path!r} lie with no process that '
+            'runs. Gather it first, or pass no params'
         )
     return values
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from peftjax import _beside, _paths, _virtual
+from peftjax import _beside, _paths, _processes, _virtual
 from peftjax._call import Call, result_shapes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
@@ -79,7 +79,7 @@ class Peft:
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(phi)):
             return phi  # whoever traces says where results lie
         where = self._shardings(params, phi)
-        return phi if where is None else jax.device_put(phi, where)
+        return phi if where is None else jax.tree.map(_processes.put, phi, where)
 
     def shardings(self, params: PyTree) -> PyTree | None:
         """Where phi lies on the mesh of the parameters: along the weights that it changes.

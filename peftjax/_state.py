@@ -80,7 +80,7 @@ def _bits(leaf: Any) -> Any:
 
 def _copy(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jnp.copy(leaf)
+        return leaf  # with several processes a state is written before it is donated
     return np.array(leaf)  # a CPU's buffer would be written over by the next step
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftjax import _manifest
+from peftjax import _manifest, _processes
 from peftjax._manifest import CheckpointError
 
 STEP = re.compile(r'\d+(\.orbax-checkpoint-tmp.*)?')
@@ -30,16 +30,19 @@ class Steps:
         import orbax.checkpoint as ocp
 
         self._folder, self._keep, self._writer = folder, keep, writer
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if STEP.fullmatch(path.name) and not (path / _manifest.MANIFEST).is_file():
-                shutil.rmtree(path)
+        _processes.led('clear up the run folder', self._clear_up)
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False),
             item_names=('arrays', 'about'),
         )
+
+    def _clear_up(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            if STEP.fullmatch(path.name) and not (path / _manifest.MANIFEST).is_file():
+                shutil.rmtree(path)
 
     def sealed(self) -> list[int]:
         """The steps that count, oldest first."""
@@ -52,10 +55,15 @@ class Steps:
     def write(self, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Stores a step and seals it; a step that is there already is replaced.
 
+        Of several processes each stores its part, and the first one seals.
+
         Raises:
           OSError: it could not be written; the others are as they were.
         """
-        if (self._folder / str(step)).exists():
+        _processes.meet('before a step is written')  # all see the same steps below
+        there, before = (self._folder / str(step)).exists(), self.sealed()
+        _processes.meet('what is there is known')
+        if there:
             self._remove(step)
         self._manager.save(
             step,
@@ -64,8 +72,8 @@ class Steps:
             ),
             force=True,
         )
-        _manifest.seal(self._folder / str(step), self._writer)
-        for old in self.sealed()[: -self._keep]:
+        _processes.led('seal it', lambda: _manifest.seal(self._folder / str(step), self._writer))
+        for old in sorted({*before, step})[: -self._keep]:
             self._remove(old)
 
     def about(self, step: int) -> dict[str, Any]:
@@ -83,7 +91,8 @@ class Steps:
 
     def _remove(self, step: int) -> None:
         """Breaks the seal first: what is half removed must not count."""
-        (self._folder / str(step) / _manifest.MANIFEST).unlink(missing_ok=True)
+        seal = self._folder / str(step) / _manifest.MANIFEST
+        _processes.led('break a seal', lambda: seal.unlink(missing_ok=True))
         self._manager.delete(step)
 
     def _restore(self, step: int, **args: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from peftjax import _arrays, _folder, _manifest, _names, _serialize
+from peftjax import _arrays, _folder, _manifest, _names, _processes, _serialize
 from peftjax import methods as _methods
 from peftjax._chain import Chain
 from peftjax._fingerprint import Fingerprint
@@ -96,7 +96,7 @@ def save(
     """Saves a `Peft` and its phi as one folder, whole or not at all.
 
     The base parameters are not saved: a few of their values are, so that `load` can tell another
-    base from this one. Called by one process, with all of phi at hand.
+    base from this one. Of several processes all call it, and the first one writes.
 
     Args:
       directory: the folder to make, or with `name` the one to make it in.
@@ -154,10 +154,14 @@ def save(
         }
     )
     size = len(text) + sum(array.nbytes for array in arrays.values())
-    with _folder.whole(target, ours=OURS, overwrite=overwrite, size=size) as folder:
-        (folder / ADAPTER).write_text(text, encoding='utf-8')
-        _arrays.write(folder / ARRAYS, arrays)
-        _manifest.seal(folder, writer)
+
+    def write() -> None:
+        with _folder.whole(target, ours=OURS, overwrite=overwrite, size=size) as folder:
+            (folder / ADAPTER).write_text(text, encoding='utf-8')
+            _arrays.write(folder / ARRAYS, arrays)
+            _manifest.seal(folder, writer)
+
+    _processes.led(f'save {str(target)!r}', write)
     return target
 
 
@@ -222,7 +226,9 @@ def load(
         return loaded
     loaded.check(params, allow_other_base=allow_other_base)
     where = peft.shardings(params)
-    return loaded if where is None else dataclasses.replace(loaded, phi=jax.device_put(phi, where))
+    if where is None:
+        return loaded
+    return dataclasses.replace(loaded, phi=jax.tree.map(_processes.put, phi, where))
 
 
 def _known(methods: Sequence[type[Method]]) -> dict[str, type]:

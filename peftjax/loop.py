@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peftjax import _processes
 from peftjax._types import PyTree
 from peftjax.resume import Checkpoints
 from peftjax.train import Step, TrainState
@@ -161,7 +162,7 @@ def fit(
             elif count % fetch_every == 0:
                 state = watch.fetch(state)
             state, stopped = _happen(due, count, state)
-            if stopped := stopped or bool(told):
+            if stopped := stopped or told(count):
                 state = watch.fetch(state, everything=True)
             if checkpoints is not None and (save or stopped):
                 checkpoints.save(state, checkpoints.position(batches))
@@ -169,7 +170,7 @@ def fit(
                 break
     if checkpoints is not None:
         checkpoints.wait()
-    if told and int(state.step) < steps:
+    if int(state.step) < steps and told(int(state.step)):
         _log.warning('told to end: ended after step %d', int(state.step))
         raise Terminated(128 + signal.SIGTERM)
     return state
@@ -205,15 +206,18 @@ def _over(events: Sequence[Every | At], state: TrainState) -> bool:
 
 
 @contextlib.contextmanager
-def _terminations() -> Iterator[list[int]]:
-    """A list that gets an entry when the process is told to end, instead of its end."""
+def _terminations() -> Iterator[Callable[[int], bool]]:
+    """Whether the process was told to end, by the number of the step that was made."""
     told: list[int] = []
+    if _processes.several():  # all must end after the same step: JAX's own handler, and its service
+        yield lambda step: bool(told) or (_processes.agreed(step) and not told.append(step))
+        return
     if threading.current_thread() is not threading.main_thread():
-        yield told  # Python delivers signals to the main thread alone
+        yield lambda step: False  # Python delivers signals to the main thread alone
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
-        yield told
+        yield lambda step: bool(told)
     finally:
         signal.signal(signal.SIGTERM, before)
 

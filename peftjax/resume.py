@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftjax import _manifest, _position, _serialize, _state
+from peftjax import _manifest, _position, _processes, _serialize, _state
 from peftjax._fingerprint import Fingerprint
 from peftjax._lock import Lock
 from peftjax._manifest import CheckpointError
@@ -99,13 +99,14 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f'keep must be at least 1: received {keep}')
         self._folder = Path(directory).absolute()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self._folder)
+        own = _own(peft, params, settings or {})
+        self._lock: Lock | None = _processes.led(
+            'take the run folder', lambda: _take(self._folder, own, other_settings)
+        )
         try:
-            _claim(self._folder / FILE, peft, params, settings or {}, other_settings)
             self._steps = Steps(self._folder / STEPS, keep, f'peftjax {__version__}')
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._writing: concurrent.futures.Future[None] | None = None
@@ -137,7 +138,10 @@ class Checkpoints:
         about = {'specs': _state.specs(state), 'data': json.loads(json.dumps(data))}
         arrays, step = _state.held(state), int(state.step)
         self.wait()
-        self._writing = self._thread.submit(self._write, step, arrays, about)
+        if _processes.several():  # they meet while they write, and may not meet elsewhere meanwhile
+            self._write(step, arrays, about)
+        else:
+            self._writing = self._thread.submit(self._write, step, arrays, about)
 
     def resume(self, state: TrainState, batches: Any, *, fall_back: bool = False) -> TrainState:
         """Goes on where the run stopped, or begins it.
@@ -227,6 +231,10 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._steps.close()
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
             self._lock.release()
 
     def _write(self, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -252,18 +260,32 @@ class Checkpoints:
         return Restored(_state.rebuilt(like, arrays), about['data'], step)
 
 
-def _claim(
-    path: Path, peft: Peft, params: PyTree, settings: Mapping[str, Any], other: tuple[str, ...]
-) -> None:
-    """Writes what the run is made of, after it was compared with what an earlier start wrote."""
-    own = {
+def _own(peft: Peft, params: PyTree, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run is made of, as JSON keeps it."""
+    return {
         'method': str(peft.method),
         'peft': _serialize.encode(peft),
         'fingerprint': _serialize.encode(Fingerprint.of(params)),
         'settings': json.loads(json.dumps(dict(settings))),
     }
+
+
+def _take(folder: Path, own: Mapping[str, Any], other: tuple[str, ...]) -> Lock:
+    """Makes a folder this run's and this process's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder)
+    try:
+        _claim(folder / FILE, own, other)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _claim(path: Path, own: Mapping[str, Any], other: tuple[str, ...]) -> None:
+    """Writes what the run is made of, after it was compared with what an earlier start wrote."""
     if path.exists():
-        if wrong := _differing(_read(path, own), own, params, other):
+        if wrong := _differing(_read(path, own), own, other):
             raise ValueError(
                 f'{str(path.parent)!r} is the folder of another run: {"; ".join(wrong)}. Go on '
                 'with what the run was started with, or choose another folder'
@@ -289,10 +311,10 @@ def _read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = _manifest.parse(path)
     try:
-        known = {'Fingerprint': Fingerprint}
         kinds = {name: type(value) for name, value in own.items()}
         if all(isinstance(found[name], kind) for name, kind in kinds.items()):
-            return found | {'seen': _serialize.decode(found['fingerprint'], known)}
+            _decoded(found['fingerprint'])
+            return found
         reason = 'of another kind than it was written'
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f'{type(error).__name__}: {error}'
@@ -302,8 +324,12 @@ def _read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def _decoded(fingerprint: Any) -> Fingerprint:
+    return _serialize.decode(fingerprint, {'Fingerprint': Fingerprint})
+
+
 def _differing(
-    found: Mapping[str, Any], own: Mapping[str, Any], params: PyTree, other: tuple[str, ...]
+    found: Mapping[str, Any], own: Mapping[str, Any], other: tuple[str, ...]
 ) -> list[str]:
     """What differs, for people."""
     changed = lambda name, a, b: f'{name} was {a!s:.300} and is {b!s:.300} now'
@@ -312,8 +338,10 @@ def _differing(
         wrong.append(changed('the method', found['method'], own['method']))
     elif found['peft'] != own['peft']:
         wrong.append('the sites that the method is attached to are others')
-    elif found['fingerprint'] != own['fingerprint'] and (paths := found['seen'].differing(params)):
-        wrong.append(f'theta holds other values at {len(paths)} paths, such as {paths[0]!r}')
+    elif found['fingerprint'] != own['fingerprint']:
+        paths = _decoded(found['fingerprint']).apart(_decoded(own['fingerprint']))
+        if paths:
+            wrong.append(f'theta holds other values at {len(paths)} paths, such as {paths[0]!r}')
     before, now = found['settings'], own['settings']
     wrong += [
         changed(name, repr(before.get(name)), repr(now.get(name)))

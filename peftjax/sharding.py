@@ -86,12 +86,15 @@ def batch_sharding(mesh: Mesh, axes: Sequence[str] = ('data', 'fsdp')) -> NamedS
     return NamedSharding(mesh, PartitionSpec(found or None))
 
 
-def state_shardings(tx: optax.GradientTransformation, phi: Phi) -> TrainState | None:
+def state_shardings(
+    tx: optax.GradientTransformation, phi: Phi, *, keep_best: bool = False
+) -> TrainState | None:
     """Where the state of training lies: what the optimizer keeps of an array, beside that array.
 
     Args:
       tx: the optimizer.
       phi: arrays, or shapes with shardings.
+      keep_best: as of `start`.
 
     Returns:
       A `TrainState` of `NamedSharding`s, for `jax.jit` and `jax.device_put`; None where phi lies
@@ -110,13 +113,25 @@ def state_shardings(tx: optax.GradientTransformation, phi: Phi) -> TrainState | 
     whole = replicated(leaf.sharding for leaf in jax.tree.leaves(phi) if hasattr(leaf, 'sharding'))
     if whole is None:
         return None
-    shapes = jax.eval_shape(lambda phi: start(tx, phi, jax.random.key(0)), phi)
-    place = lambda kept, of: of.sharding if kept.shape == of.shape else whole
+    fresh = lambda phi: start(tx, phi, jax.random.key(0), keep_best=keep_best)
+    shapes = jax.eval_shape(fresh, phi)
+    own: Any = jax.tree.map(lambda leaf: leaf.sharding, phi)
     tree: Any = jax.tree.map(lambda _: whole, shapes)
-    opt_state = optax.tree.map_params(
-        tx, place, shapes.opt_state, phi, transform_non_params=lambda _: whole
+    best = tree.best and tree.best._replace(phi=own)
+    return tree._replace(phi=own, opt_state=_along_phi(tx, shapes.opt_state, phi, whole), best=best)
+
+
+def _along_phi(
+    tx: optax.GradientTransformation, opt_state: PyTree, phi: Phi, whole: NamedSharding
+) -> PyTree:
+    is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # of another part of phi
+
+    def place(kept: Any, of: Any) -> Any:
+        return kept if is_masked(kept) else of.sharding if kept.shape == of.shape else whole
+
+    return optax.tree.map_params(
+        tx, place, opt_state, phi, transform_non_params=lambda _: whole, is_leaf=is_masked
     )
-    return tree._replace(phi=jax.tree.map(lambda leaf: leaf.sharding, phi), opt_state=opt_state)
 
 
 def _even(path: Path, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
