@@ -4,6 +4,7 @@ A step counts when it is sealed. Orbax's own mark says that all was written; whe
 it was written, only the manifest can tell.
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from peftjax._manifest import CheckpointError
 
 STEP = re.compile(r'\d+(\.orbax-checkpoint-tmp.*)?')
 """The names of steps, and of those that Orbax is writing."""
+
+_log = logging.getLogger('peftjax')
 
 
 class Steps:
@@ -33,6 +36,7 @@ class Steps:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if STEP.fullmatch(path.name) and not (path / _manifest.MANIFEST).is_file():
+                _log.warning('step %s in %s was never finished: it is removed', path.name, folder)
                 shutil.rmtree(path)
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
