@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, Case]] = {
     ),
     'R20': (
         'host memory while a phi of 1 GB is saved',
-        lambda place, quick, seed: disks.memory(place, 100 if quick else 1000),
+        lambda place, quick, seed: disks.memory(place, 300 if quick else 1000),
     ),
     'R21': (
         'two writers on one run folder',

@@ -97,8 +97,8 @@ def left(run: Run, folder: pathlib.Path, saved: Any, written: list, error: OSErr
     saved.close()
     if not all(whole):
         return 'an earlier checkpoint is another'
-    odd = [path.name for path in (folder / 'run/steps').iterdir() if not path.name.isdecimal()]
-    odd += [n.name for n in (folder / 'run/steps').iterdir() if int(n.name) not in steps]
+    kept = {str(step) for step in steps}
+    odd = [path.name for path in (folder / 'run/steps').iterdir() if path.name not in kept]
     return f'left over: {odd}; {error}' if odd else 'kept'
 
 
@@ -108,7 +108,8 @@ def spoil(folder: pathlib.Path, how: str) -> None:
         free = shutil.disk_usage(folder).free
         (folder / 'other').write_bytes(bytes(max(free - 100_000, 0)))
     elif how == 'read-only':
-        subprocess.run(['mount', '-o', 'remount,ro', str(folder)], check=True)
+        for how in ('--bind', str(folder)), ('-o', 'remount,bind,ro'):
+            subprocess.run(['mount', *how, str(folder)], check=True)
     elif how == 'permission lost':
         for path in (folder, *folder.rglob('*')):
             path.chmod(0o555 if path.is_dir() else 0o444)
@@ -123,7 +124,7 @@ def mend(folder: pathlib.Path, how: str) -> None:
     if how == 'full':
         (folder / 'other').unlink()
     elif how == 'read-only':
-        subprocess.run(['mount', '-o', 'remount,rw', str(folder)], check=True)
+        subprocess.run(['umount', str(folder)], check=True)
     elif how == 'permission lost':
         if os.getuid() == 0:
             os.seteuid(0)

@@ -108,8 +108,9 @@ def fit(
       checkpoints: where states are saved: every `save_every` steps, at the end, on SIGTERM.
       save_every: steps between checkpoints.
       not_finite: what follows on a step that made no update because its loss, its gradient or what
-        the optimizer made of it was not finite. `'skip'` logs it and goes on; `'stop'` ends the training; `'restore'` goes on from
-        phi and optimizer of the newest checkpoint, with the next batch.
+        the optimizer made of it was not finite. `'skip'` logs it and goes on; `'stop'` ends the
+        training; `'restore'` goes on from phi and optimizer of the newest checkpoint, with the
+        next batch.
       patience: how many such steps in a row, or restorations in all, end the training too.
       fetch_every: steps between two fetches of losses.
 
