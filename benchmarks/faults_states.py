@@ -85,11 +85,7 @@ def another_stream(place: pathlib.Path) -> Count:
 
     others = {'seed': 0, 'workers': 2}
     ask = {
-        'data set': (
-            goes_on,
-            (more.stream(),),
-            (run.rows().fingerprint(), more.rows().fingerprint()),
-        ),
+        'data set': (goes_on, (more.stream(),), both),
         'sampler': (goes_on, (run.stream(size=3),), ('size was 2 and is 3',)),
         'seed': (goes_on, (run.stream(seed=1),), ('seed was 0 and is 1',)),
         'workers': (goes_on, (run.stream(), others), ('workers was 0 and is 2',)),

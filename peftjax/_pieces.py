@@ -4,7 +4,9 @@ Orbax's OCDBT format, a few files for any number of arrays, holds all that it ha
 end, which for large arrays is a second copy. Zarr's own files are written piece by piece.
 """
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,18 @@ def save(arrays: Mapping[Path, Any]) -> Any:
     pieces = {name: array for name, array in _numbered(own(arrays)).values()}
     args = {name: ocp.SaveArgs(chunk_byte_size=PIECE) for name in pieces}
     return ocp.args.PyTreeSave(pieces, save_args=args)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Orbax from warning, at each save, that there is nothing of OCDBT to bring together."""
+    logger = logging.getLogger('absl')
+    useful = lambda record: 'Skipping merge of OCDBT' not in record.getMessage()
+    logger.addFilter(useful)
+    try:
+        yield
+    finally:
+        logger.removeFilter(useful)
 
 
 def restore(targets: Mapping[Path, Any]) -> Any:

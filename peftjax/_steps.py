@@ -74,7 +74,8 @@ class Steps:
         else:
             items['arrays'] = self._args.StandardSave(_pieces.own(arrays))
         try:
-            self._manager.save(step, args=self._args.Composite(**items), force=True)
+            with _pieces.quiet():
+                self._manager.save(step, args=self._args.Composite(**items), force=True)
             _manifest.seal(self._folder / str(step), self._writer)
         except BaseException:
             self._clear(step)
