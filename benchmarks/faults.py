@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, Case]] = {
     ),
     'R13': (
         'NaN or Inf in data, loss, gradient, optimizer, evaluation',
-        lambda place, quick, seed: training.not_finite(place),
+        lambda place, quick, seed: training.not_finite(place, quick),
     ),
     'R19': (
         'disk full, read-only, files limited, permission lost',

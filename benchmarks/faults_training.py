@@ -61,7 +61,7 @@ BAD = 3
 """The step at which a number is not finite."""
 
 
-def not_finite(place: pathlib.Path) -> Count:
+def not_finite(place: pathlib.Path, quick: bool) -> Count:
     """R13: in data, loss, gradient, optimizer and evaluation, under each policy and by the command.
 
     A case is kept where 'skip' leaves phi as it was and counts it, 'stop' ends with an error and a
@@ -69,11 +69,12 @@ def not_finite(place: pathlib.Path) -> Count:
     not zero and leaves no adapter.
     """
     seen: dict[str, Any] = {}
-    for fault in ('data', 'loss', 'gradient', 'optimizer', 'evaluation'):
-        told = {'command': command(place / f'cli-{fault}', fault)}
-        if fault != 'evaluation':
+    for fault in FAULTS:
+        seen[fault] = told = {}
+        if fault == 'evaluation' or not quick:
+            told['command'] = command(place / f'cli-{fault}', fault)
+        if fault != 'evaluation':  # `fit` knows none: it is one of the user's events
             told |= {policy: library(place / fault, fault, policy) for policy in POLICIES}
-        seen[fault] = told
     kept = [all(said == 'kept' for said in told.values()) for told in seen.values()]
     return Count(sum(kept), len(kept), seen)
 

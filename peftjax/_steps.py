@@ -68,7 +68,7 @@ class Steps:
         """
         if (self._folder / str(step)).exists():
             self._remove(step)
-        items = {'about': self._args.JsonSave(dict(about))}
+        items: dict[str, Any] = {'about': self._args.JsonSave(dict(about))}
         if _pieces.wanted(arrays):
             items[PIECES] = _pieces.save(arrays)
         else:
