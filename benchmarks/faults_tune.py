@@ -28,16 +28,16 @@ def killed(place: pathlib.Path, kills: int, seed: int) -> Count:
     finish(start(place, place / 'unbroken'))
     whole, training = time.monotonic() - since, rows(place / 'unbroken')[-1]['seconds']
     draw, moments, out = random.Random(seed), [], place / 'killed'
-    while len(moments) < kills:
+    steps = max(row['step'] for row in rows(place / 'unbroken'))
+    for step in sorted(draw.sample(range(steps - 5), kills)):
         child = start(place, out)
-        if draw.random() < 0.7:  # else at any moment, those before training included
-            wait_for_step(child, out)
-            time.sleep(draw.uniform(0, training / kills))
+        if draw.random() < 0.8:  # else at any moment, those before training included
+            wait_for(child, out, step)
+            time.sleep(draw.uniform(0, 3 * training / steps))
         else:
             time.sleep(draw.uniform(0, whole / 2))
         child.kill()
-        if finish(child, killed=True) == 0:
-            break  # it had come to its end
+        finish(child, killed=True)
         moments.append(max((row['step'] for row in rows(out)), default=0))
     finish(start(place, out))
     different = compare(place / 'unbroken/run', out / 'run')
@@ -55,16 +55,14 @@ def start(place: pathlib.Path, home: pathlib.Path) -> subprocess.Popen:
         )
 
 
-def finish(child: subprocess.Popen, killed: bool = False) -> int:
-    """Waits for the end; the exit code.
+def finish(child: subprocess.Popen, killed: bool = False) -> None:
+    """Waits for the end.
 
     Raises:
-      RuntimeError: it is one that should not be.
+      RuntimeError: it is another than it should be.
     """
-    code = child.wait(LIMIT)
-    if code not in ((0, -9) if killed else (0,)):
+    if (code := child.wait(LIMIT)) != (-9 if killed else 0):
         raise RuntimeError(f'{child.args} ended with {code}')
-    return code
 
 
 def rows(home: pathlib.Path) -> list[dict]:
@@ -74,12 +72,13 @@ def rows(home: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith('}')]
 
 
-def wait_for_step(child: subprocess.Popen, home: pathlib.Path) -> None:
-    """Until the run measures something again."""
+def wait_for(child: subprocess.Popen, home: pathlib.Path, step: int) -> None:
+    """Until the run, which writes its log anew where it goes on, has made so many steps."""
     file = home / 'run/metrics.jsonl'
     stamp = lambda: file.stat().st_mtime_ns if file.exists() else 0
     first = stamp()
-    while stamp() == first and child.poll() is None:
+    made = lambda: max((row['step'] for row in rows(home)), default=-1)
+    while (stamp() == first or made() < step) and child.poll() is None:
         time.sleep(0.05)
 
 
