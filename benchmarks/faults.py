@@ -117,6 +117,7 @@ def counted(name: str, quick: bool, seed: int) -> dict:
         'seconds': round(time.monotonic() - since, 1),
         'seen': seen,
         'quick': quick,
+        'load': round(os.getloadavg()[0], 1),  # of the machine, where others work too
         'seed': seed,
         'date': datetime.date.today().isoformat(),
         'versions': versions() | {
