@@ -93,7 +93,11 @@ def another_stream(place: pathlib.Path) -> Count:
     seen = {name: refused(*case) for name, case in ask.items()}
     goes_on(run.stream(), others, other_settings=('workers',))  # said outright
     passed = sum(said[0] for said in seen.values())
-    return Count(passed, len(ask), {name: said[1] for name, said in seen.items()})
+    return Count(
+        passed,
+        len(ask),
+        {name: said[1].replace(str(place), 'FOLDER') for name, said in seen.items()},
+    )
 
 
 def refused(call: Any, arguments: tuple, wanted: tuple[str, ...]) -> tuple[bool, str]:
