@@ -63,7 +63,8 @@ def main() -> None:
                 steps = step_count(len(few), settings)
                 fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
                 watch = Watch(name, fitter.rates, progress(steps))
-                fitted = fitter.fit(tokens, few.labels, seed, watch)
+                batches = fitter.batches(tokens, few.labels, seed)
+                fitted = fitter.fit((tokens, few.labels), fitter.start(seed), batches, watch)
                 right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
                 row = {'method': name, 'rate': rate, 'head_rate': head_rate, 'seed': seed}
                 row |= {

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax import _paths, _processes
+from peftjax import _paths, _pieces, _processes
 from peftjax._manifest import CheckpointError
 from peftjax._shapes import differences
 from peftjax._types import Phi
@@ -77,7 +77,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     )
     try:
         with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(folder, ocp.args.PyTreeSave(filled))
+            checkpointer.save(folder, ocp.args.PyTreeSave(_pieces.own(filled)))
     except ValueError as error:  # TensorStore's way to report any failure of the disk.
         raise OSError(errno.EIO, str(error), str(folder)) from error
 

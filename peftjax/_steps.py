@@ -4,17 +4,23 @@ A step counts when it is sealed. Orbax's own mark says that all was written; whe
 it was written, only the manifest can tell.
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftjax import _manifest, _processes
+from peftjax import _manifest, _pieces, _processes
 from peftjax._manifest import CheckpointError
 
 STEP = re.compile(r'\d+(\.orbax-checkpoint-tmp.*)?')
 """The names of steps, and of those that Orbax is writing."""
+
+PIECES = 'pieces'
+"""The item that holds the arrays where they are large."""
+
+_log = logging.getLogger('peftjax')
 
 
 class Steps:
@@ -35,13 +41,20 @@ class Steps:
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False),
-            item_names=('arrays', 'about'),
+            item_handlers={
+                'arrays': ocp.StandardCheckpointHandler(),
+                PIECES: _pieces.handler(),
+                'about': ocp.JsonCheckpointHandler(),
+            },
         )
 
     def _clear_up(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
             if STEP.fullmatch(path.name) and not (path / _manifest.MANIFEST).is_file():
+                _log.warning(
+                    'step %s in %s was never finished: it is removed', path.name, self._folder
+                )
                 shutil.rmtree(path)
 
     def sealed(self) -> list[int]:
@@ -65,14 +78,19 @@ class Steps:
         _processes.meet('what is there is known')
         if there:
             self._remove(step)
-        self._manager.save(
-            step,
-            args=self._args.Composite(
-                arrays=self._args.StandardSave(dict(arrays)), about=self._args.JsonSave(dict(about))
-            ),
-            force=True,
-        )
-        _processes.led('seal it', lambda: _manifest.seal(self._folder / str(step), self._writer))
+        items: dict[str, Any] = {'about': self._args.JsonSave(dict(about))}
+        if _pieces.wanted(arrays):
+            items[PIECES] = _pieces.save(arrays)
+        else:
+            items['arrays'] = self._args.StandardSave(_pieces.own(arrays))
+        try:
+            with _pieces.quiet():
+                self._manager.save(step, args=self._args.Composite(**items), force=True)
+            seal = lambda: _manifest.seal(self._folder / str(step), self._writer)
+            _processes.led('seal it', seal)
+        except BaseException:
+            self._clear(step)
+            raise
         for old in sorted({*before, step})[: -self._keep]:
             self._remove(old)
 
@@ -87,13 +105,22 @@ class Steps:
 
     def arrays(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
         """The arrays of a step whose files were checked, each with the sharding of its target."""
-        return self._restore(step, arrays=self._args.StandardRestore(dict(targets)))['arrays']
+        if not (self._folder / str(step) / PIECES).is_dir():
+            return self._restore(step, arrays=self._args.StandardRestore(dict(targets)))['arrays']
+        pieces = self._restore(step, **{PIECES: _pieces.restore(targets)})[PIECES]
+        return _pieces.named(pieces, targets)
 
     def _remove(self, step: int) -> None:
         """Breaks the seal first: what is half removed must not count."""
         seal = self._folder / str(step) / _manifest.MANIFEST
         _processes.led('break a seal', lambda: seal.unlink(missing_ok=True))
         self._manager.delete(step)
+
+    def _clear(self, step: int) -> None:
+        """Removes what a step that could not be written has left; the next start tries again."""
+        for path in self._folder.glob(f'{step}*'):
+            if STEP.fullmatch(path.name) and path.name.split('.')[0] == str(step):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _restore(self, step: int, **args: Any) -> Any:
         try:

@@ -110,9 +110,10 @@ def fit(
       events: what happens between steps, before a checkpoint of the same step.
       checkpoints: where states are saved: every `save_every` steps, at the end, on SIGTERM.
       save_every: steps between checkpoints.
-      not_finite: what follows on a step that made no update because its loss or gradient was not
-        finite. `'skip'` logs it and goes on; `'stop'` ends the training; `'restore'` goes on from
-        phi and optimizer of the newest checkpoint, with the next batch.
+      not_finite: what follows on a step that made no update because its loss, its gradient or what
+        the optimizer made of it was not finite. `'skip'` logs it and goes on; `'stop'` ends the
+        training; `'restore'` goes on from phi and optimizer of the newest checkpoint, with the
+        next batch.
       patience: how many such steps in a row, or restorations in all, end the training too.
       fetch_every: steps between two fetches of losses.
 
@@ -264,8 +265,8 @@ class _Losses:
         _log.warning('step %d made no update: not finite (its loss: %s)', step, loss)
         if self._policy == 'stop' or self._row >= self._patience:
             raise NotFiniteError(
-                f'losses and gradients must be finite; those of step {step} are not (its loss is '
-                f'{loss}), {self._row} in a row. Look at the data, or lower the learning rate'
+                f'losses, gradients and updates must be finite; those of step {step} are not (its '
+                f'loss is {loss}), {self._row} in a row. Look at the data, or lower the rate'
             )
 
     def _again(self, state: TrainState) -> TrainState:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from peftjax import _manifest, _position, _processes, _serialize, _state
 from peftjax._fingerprint import Fingerprint
+from peftjax._lock import FILE as LOCK  # noqa: F401
 from peftjax._lock import Lock
 from peftjax._manifest import CheckpointError
 from peftjax._peft import Peft
@@ -258,6 +259,23 @@ class Checkpoints:
             )
         arrays = self._steps.arrays(step, _state.targets(like))
         return Restored(_state.rebuilt(like, arrays), about['data'], step)
+
+
+def check_free(directory: str | os.PathLike[str]) -> None:
+    """Refuses the folder of a run that a process writes to at this moment.
+
+    Args:
+      directory: as given to `Checkpoints`.
+
+    Raises:
+      BlockingIOError: a process writes to it.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     check_free(directory)
+    """
+    Lock(Path(directory)).release()
 
 
 def _own(peft: Peft, params: PyTree, settings: Mapping[str, Any]) -> dict[str, Any]:

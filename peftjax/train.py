@@ -91,8 +91,9 @@ def start(
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
     """Makes one jitted update of phi; theta is an argument and gets no gradient.
 
-    A step whose loss, or the norm of whose gradient, is not finite makes no update: phi and the
-    optimizer's state stay as they were, bit for bit, and `state.skipped` counts it.
+    A step whose loss, or the norm of whose gradient, or whose new phi is not finite makes no
+    update: phi and the optimizer's state stay as they were, bit for bit, and `state.skipped`
+    counts it.
 
     Args:
       loss_fn: `loss_fn(params, phi, batch, key)` to a scalar, or to a `Loss`, whose mean is
@@ -141,6 +142,7 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
         good = jnp.isfinite(loss) & jnp.isfinite(_square(grads))
         updates, opt_state = tx.update(grads, state.opt_state, state.phi)
         phi: Any = optax.apply_updates(state.phi, updates)  # optax has a narrower type for trees
+        good &= _finite(phi)
         # a choice, not a branch: a GPU would wait for the host to learn which way to go
         keep = lambda old, new: jnp.where(good, new, old)
         phi, opt_state = jax.tree.map(keep, (state.phi, state.opt_state), (phi, opt_state))
@@ -196,6 +198,11 @@ def _mean(found: Loss, total: Array, like: Array) -> Array:
     """The gradient of the mean from that of the total."""
     mean = Loss(total.astype(wide(total.dtype)), found.count.astype(wide(total.dtype))).mean
     return mean.astype(like.dtype)
+
+
+def _finite(tree: Any) -> Array:
+    """Whether all is: an optimizer may make something else of a gradient that is."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _square(tree: Any) -> Array:

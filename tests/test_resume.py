@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from zoo import normal
 
 import peftjax as pj
-from peftjax import _steps
+from peftjax import _pieces, _steps
 from peftjax.checkpoint import CheckpointError
 
 PARAMS = {'up': {'kernel': normal(0, 6, 4)}, 'down': {'kernel': normal(1, 4, 6)}}
@@ -139,6 +139,25 @@ def test_on_a_mesh_what_was_read_goes_along_with_theta(tmp_path):
             assert int(state.step) == 2 and np.isfinite(value)
 
 
+def test_large_states_are_stored_in_pieces(tmp_path, monkeypatch, caplog):
+    """With names of their own: a path may be one that no file can have."""
+    monkeypatch.setattr(_pieces, 'LARGE', 0)
+    monkeypatch.setattr(_pieces, 'PIECE', 2**10)
+    big = np.random.default_rng(0).random((40, 100), np.float32)
+    state = fresh(dtype=jnp.bfloat16)
+    state = state._replace(opt_state={'../odd' * 60: jnp.array(big), 'none': jnp.zeros((0, 3))})
+    with caplog.at_level(logging.WARNING), checkpoints(tmp_path) as saved:
+        saved.save(state, data=[1])
+        restored = saved.restore(jax.tree.map(jnp.zeros_like, state))
+        assert restored is not None and bits(restored.state) == bits(state)
+        assert 'OCDBT' not in caplog.text
+        pieces = [path for path in (tmp_path / 'steps/0/pieces').rglob('*') if path.is_file()]
+        assert len(pieces) > 16 and max(path.stat().st_size for path in pieces) < 2**12
+        damage(max(pieces, key=lambda path: path.stat().st_size), 'flipped')
+        with pytest.raises(CheckpointError, match='was changed'):
+            saved.restore(state)
+
+
 def test_the_newest_stay(tmp_path):
     state = fresh()
     with checkpoints(tmp_path, keep=2) as saved:
@@ -152,13 +171,14 @@ def test_the_newest_stay(tmp_path):
     assert restored is not None and bits(restored.state.phi) == bits(state.phi)
 
 
-def test_what_was_cut_off_does_not_count_and_goes(folder):
+def test_what_was_cut_off_does_not_count_and_goes(folder, caplog):
     (folder / 'steps/5/manifest.json').unlink()  # killed between the last file and the seal
     (folder / 'steps/6.orbax-checkpoint-tmp').mkdir()
     (folder / 'steps/6.orbax-checkpoint-tmp/part').write_text('x')
-    with checkpoints(folder, keep=9) as saved:
+    with caplog.at_level(logging.WARNING, 'peftjax'), checkpoints(folder, keep=9) as saved:
         assert saved.steps() == [0, 1, 2, 3, 4]
         restored = saved.restore(fresh())
+    assert caplog.text.count('was never finished: it is removed') == 2
     assert restored is not None and restored.step == 4
     assert sorted(path.name for path in (folder / 'steps').iterdir()) == list('01234')
 
@@ -321,6 +341,7 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     with pytest.raises(OSError, match=r'step 6 could not be saved \(\d+ bytes\) in .*run') as error:
         saved.close()
     assert error.value.errno == errno.ENOSPC
+    assert sorted(path.name for path in (folder / 'steps').iterdir()) == list('012345')
     monkeypatch.undo()
     with checkpoints(folder, keep=9) as saved:
         assert saved.steps() == [0, 1, 2, 3, 4, 5]

@@ -191,3 +191,17 @@ def test_the_second_step_compiles_nothing_and_theta_is_as_it_was(accumulate):
         for _ in range(3):
             state, _ = step(params, state, batch)
     assert first > 0 == len(traces) - first and names == [] and bits(params) == before
+
+
+def test_what_an_optimizer_makes_of_a_gradient_must_be_finite_too():
+    """One that divides by the norm of a gradient has no answer to zeros."""
+    direction = lambda grads, phi: jax.tree.map(lambda g: g / optax.tree.norm(grads), grads)
+    tx = optax.chain(optax.stateless(direction), optax.sgd(0.1))
+    params, forward, state = setup(tx)
+    step, fresh = pj.train_step(weighted(forward), tx), bits(state.phi)
+    loss = lambda params, phi, batch, key: 0 * (forward(params, phi, batch) ** 2).mean()
+    still, value = pj.train_step(loss, tx)(params, setup(tx)[2], X)
+    assert float(value) == 0 and bits(still.phi) == fresh
+    assert (int(still.step), int(still.skipped)) == (1, 1)
+    state, _ = step(params, state, (X, WEIGHTS))
+    assert int(state.skipped) == 0 and bits(state.phi) != fresh

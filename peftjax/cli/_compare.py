@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from peftjax import data
-from peftjax.cli import _config, _output, _picture, _report, _saved
+from peftjax.cli import _config, _output, _picture, _report, _saved, _whole
 from peftjax.cli._examples import Sample, draw, read
 from peftjax.cli._fit import Fitted, Fitter, Settings, step_count
 from peftjax.cli._recipes import chosen
@@ -60,7 +60,8 @@ def _method(
     fits, accuracies, sizes = [], [], []
     for sample in samples:
         watch = Watch(fitter.recipe.name, fitter.rates, bar)
-        fitted = fitter.fit(sample.tokens, sample.labels, sample.seed, watch)
+        examples, seed = (sample.tokens, sample.labels), sample.seed
+        fitted = fitter.fit(examples, fitter.start(seed), fitter.batches(*examples, seed), watch)
         accuracies.append(fitter.accuracy(fitted.phi, tokens, labels))
         folder = out / _output.ADAPTERS / f'{fitter.recipe.name}-seed{sample.seed}'
         sizes.append(_saved.save(folder, fitter, fitted, sample.seed, overwrite=False))
@@ -97,7 +98,7 @@ def _write(out: pathlib.Path, options: argparse.Namespace, records: list[dict[st
     what = {k: v for k, v in vars(options).items() if k not in ('out', 'overwrite', 'config')}
     content = {'options': what, 'versions': _report.versions(), 'methods': records}
     _report.write_json(out / 'results.json', content)
-    _report.write_text(out / 'table.txt', _report.table(records))
+    _whole.write(out / 'table.txt', _report.table(records) + '\n')
 
 
 def _show(out: pathlib.Path, options: argparse.Namespace, records: list[dict[str, Any]]) -> None:

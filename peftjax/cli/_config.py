@@ -12,6 +12,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peftjax.cli import _whole
+
 FILE = 'options.toml'
 UNSAID = ('command', 'config', 'overwrite', 'resume')
 """What a written file leaves out: how a run was asked for, and what became of an earlier one."""
@@ -70,7 +72,7 @@ def write(path: pathlib.Path, options: argparse.Namespace) -> None:
     said = {k: v for k, v in vars(options).items() if k not in UNSAID and v is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     header = f'# peftjax {options.command} --config {FILE}\n'
-    path.write_text(header + text(said), encoding='utf-8')
+    _whole.write(path, header + text(said))
 
 
 def text(options: Mapping[str, Any]) -> str:

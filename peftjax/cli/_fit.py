@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peftjax import Peft, attach, chain_optimizer, data, start, train_step
+from peftjax import Peft, TrainState, attach, chain_optimizer, data, start, train_step
 from peftjax.cli._accumulate import cut
-from peftjax.cli._loop import Drawn, Evaluation, train
+from peftjax.cli._listed import Listed
+from peftjax.cli._loop import Drawn, Evaluation, Saving, train
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
 from peftjax.cli._recipes import Recipe
@@ -82,7 +84,7 @@ class Fitter:
         self.settings = settings.of(recipe)
         self.peft = attach(recipe.method(), task.apply, task.params, shape, **masks)
         self.forward = self.peft.wrap(task.apply)
-        self._tx = optimizer(self.settings, steps)
+        self._tx = optimizer(self.settings, steps, [keys[0] for keys, _ in self.peft.method.parts])
         rates = schedule(self.settings, self.settings.rate or self.settings.head_rate or 0.0, steps)
         self.rates = np.asarray(jax.vmap(rates)(jnp.arange(steps)))
         step = train_step(self._loss, self._tx, accumulate=settings.accumulate)
@@ -92,48 +94,57 @@ class Fitter:
     def _loss(self, params: Any, phi: Any, batch: dict, key: jax.Array) -> Loss:
         return cross_entropy(call(self.task, self.forward, batch, key, params, phi), batch)
 
+    def start(self, seed: int) -> TrainState:
+        """A fresh state; the seed draws dropout, the classifier and the rest of phi."""
+        for_phi, for_head, for_steps = jax.random.split(jax.random.key(seed), 3)
+        phi = jax.jit(self.peft.init)(for_phi, self.task.fresh(for_head))
+        return start(self._tx, phi, for_steps)
+
+    def batches(self, tokens: data.Tokens, labels: np.ndarray, seed: int) -> Listed:
+        """Those of all epochs; the seed draws the order of each."""
+        size, parts = self.settings.batch, self.settings.accumulate
+        order = data.epochs(len(labels), size, seed, self.settings.epochs)
+        whole = (self.task.batch(tokens, labels, index, size) for index in order)
+        return Listed([cut(batch, parts) for batch in whole])
+
     def fit(
         self,
-        tokens: data.Tokens,
-        labels: np.ndarray,
-        seed: int,
+        examples: tuple[data.Tokens, np.ndarray],
+        state: TrainState,
+        batches: Listed,
         watch: Watch,
         evaluation: Evaluation | None = None,
+        saving: Saving | None = None,
     ) -> Fitted:
         """Trains on all examples given.
 
         Args:
-          tokens: of the examples.
-          labels: `(n,)` integers.
-          seed: of order, dropout, the fresh classifier and the rest of the fresh phi.
+          examples: their tokens, and `(n,)` integer labels.
+          state: to begin with.
+          batches: of the examples, those that follow.
           watch: what measures and shows.
           evaluation: what happens before the first step and between steps.
+          saving: where states are kept.
 
         Returns:
           What was found, and what it took.
 
         Raises:
           ValueError: the loss does not stay finite.
+          Terminated: the process was told to end.
         """
-        for_phi, for_head, for_steps = jax.random.split(jax.random.key(seed), 3)
-        phi = jax.jit(self.peft.init)(for_phi, self.task.fresh(for_head))
         if self.recipe.probe:
-            return self._probe(tokens, labels, phi, watch, evaluation)
-        settings, task = self.settings, self.task
-        state = start(self._tx, phi, for_steps)
-        order = data.epochs(len(labels), settings.batch, seed, settings.epochs)
-        whole = (task.batch(tokens, labels, index, settings.batch) for index in order)
-        batches = [cut(batch, settings.accumulate) for batch in whole]
+            return self._probe(*examples, state.phi, watch, evaluation)
+        params, steps = self.task.params, len(batches)
         compiled = self._step.seconds
-        for batch in batches:
-            self._step.prepare(task.params, state, batch)
+        for batch in batches.all:
+            self._step.prepare(params, state, batch)
         compiled = self._step.seconds - compiled
-        if evaluation is not None:
+        if evaluation is not None and not int(state.step):
             evaluation.report(0, state.phi, watch)
-        counted = Drawn(iter(batches), lambda batch: (batch, int(batch['mask'].sum())), watch)
-        state = train(self._step, task.params, state, counted, len(batches), watch, evaluation)
-        steps, peak = len(batches), self._step.peak_bytes
-        return Fitted(self.peft, state.phi, watch.seconds, compiled, steps, peak)
+        drawn = Drawn(batches, lambda batch: (batch, int(batch['mask'].sum())), watch)
+        state = train(self._step, params, state, drawn, steps, watch, evaluation, saving)
+        return Fitted(self.peft, state.phi, watch.seconds, compiled, steps, self._step.peak_bytes)
 
     def _probe(
         self,
@@ -187,7 +198,7 @@ def schedule(settings: Settings, rate: float, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, rate, rise), fall], [rise])
 
 
-def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+def optimizer(settings: Settings, steps: int, names: Iterable[str]) -> optax.GradientTransformation:
     """AdamW with a rate for the head and one for the method, both rising, then falling."""
 
     def adamw(rate: float) -> optax.GradientTransformation:
@@ -195,5 +206,6 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
         return optax.adamw(rates, weight_decay=settings.weight_decay)
 
     assert settings.rate is not None and settings.head_rate is not None
-    each = chain_optimizer({'body': adamw(settings.rate), 'head': adamw(settings.head_rate)})
+    rates = {'body': settings.rate, 'head': settings.head_rate}
+    each = chain_optimizer({name: adamw(rates[name]) for name in dict.fromkeys(names)})
     return optax.chain(optax.clip_by_global_norm(settings.clip), each)

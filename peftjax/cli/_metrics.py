@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from peftjax.cli import _whole
+
 FILE = 'metrics.jsonl'
 BOARD = 'tensorboard'
 
@@ -26,7 +28,7 @@ class Metrics:
     def __init__(self, out: pathlib.Path, board: Any = None, after: int | None = None):
         path = out / FILE
         self.rows = [] if after is None else [row for row in _read(path) if row['step'] <= after]
-        path.write_text(''.join(f'{json.dumps(row)}\n' for row in self.rows), encoding='utf-8')
+        _whole.write(path, ''.join(f'{json.dumps(row)}\n' for row in self.rows))
         self._file = path.open('a', encoding='utf-8', buffering=1)
         again = {} if after is None else {'purge_step': after + 1}
         self._board = None if board is None else board(str(out / BOARD), **again)

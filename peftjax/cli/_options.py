@@ -111,15 +111,16 @@ def _tune(commands: Any) -> None:
         '--eval-part', type=part, metavar='PART', help='or a part of --data, held back (0)'
     )
     sub.add_argument('--evaluations', type=count, help='how often, evenly spread (10)')
-    sub.add_argument(
-        '--tensorboard',
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help='write for TensorBoard too',
-    )
+    sub.add_argument('--save-every', type=count, help='steps between checkpoints (100)')
+    _switch(sub, '--resume', 'go on with the run in --out where it was cut off')
+    _switch(sub, '--tensorboard', 'write for TensorBoard too')
     _method_options.add(sub)
     _tune_encoder(sub)
     language.add_tune(sub, count)
+
+
+def _switch(sub: argparse.ArgumentParser, name: str, text: str) -> None:
+    sub.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
 
 
 def _tune_encoder(sub: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from peftjax._version import __version__
+from peftjax.cli import _whole
 
 HEAD = (
     'method', 'trained', '% of model', 'on disk', 'train s', 'steps/s', 'peak', 'accuracy',
@@ -76,11 +77,4 @@ def versions() -> dict[str, str]:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes a JSON file."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: an earlier one stays until its successor is there."""
-    part = path.with_name(f'.{path.name}.part')
-    part.write_text(text + '\n', encoding='utf-8')
-    part.replace(path)
+    _whole.write(path, json.dumps(content, indent=2, ensure_ascii=False) + '\n')

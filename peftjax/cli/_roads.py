@@ -19,7 +19,14 @@ class Road:
     defaults: Mapping[str, Any]
 
 
-MEASURED = {'eval_data': None, 'eval_part': 0.0, 'evaluations': 10, 'tensorboard': False}
+BOTH = {
+    'eval_data': None,
+    'eval_part': 0.0,
+    'evaluations': 10,
+    'tensorboard': False,
+    'save_every': 100,
+    'resume': False,
+}
 
 ENCODER = Road(
     'an encoder',
@@ -32,7 +39,7 @@ ENCODER = Road(
         'text_column': 'text',
         'label_column': 'label',
         'max_tokens': 64,
-        **MEASURED,
+        **BOTH,
     },
 )
 LANGUAGE = Road(
@@ -57,9 +64,7 @@ LANGUAGE = Road(
         'quantize': None,
         'embeddings': False,
         'remat': 'names',
-        'save_every': 100,
-        'resume': False,
-        **MEASURED,
+        **BOTH,
     },
 )
 

@@ -17,32 +17,52 @@ def clear(out: pathlib.Path) -> None:
     """Makes the folder, without the results of an earlier run; what else is there stays.
 
     Raises:
+      BlockingIOError: another process writes to it.
       FileExistsError: the folder is an adapter itself.
     """
     if (out / checkpoint.ADAPTER).exists():
         raise FileExistsError(f'--out must be the folder of a run; {out} is an adapter. '
                               'Choose another --out')  # fmt: skip
+    if _has_states(out):
+        resume.check_free(out / CHECKPOINTS)
     out.mkdir(parents=True, exist_ok=True)
+    if (out / ADAPTER / 'manifest.json').is_file():
+        _remove(out / ADAPTER)
     for name in (_metrics.FILE, _plot.FILE, _config.FILE):
         (out / name).unlink(missing_ok=True)
     for file in (out / _metrics.BOARD).glob('events.*'):
         file.unlink()
-    adapter = out / ADAPTER
-    if (adapter / 'manifest.json').is_file():
-        shutil.rmtree(adapter)
     finish(out)
 
 
 def finish(out: pathlib.Path) -> None:
     """Removes what a run is taken up again from."""
-    checkpoints = out / CHECKPOINTS
-    if (checkpoints / resume.FILE).is_file():
-        shutil.rmtree(checkpoints)
+    if _has_states(out):
+        _remove(out / CHECKPOINTS)
+    for name in (ADAPTER, CHECKPOINTS):  # of a removal that was cut off
+        shutil.rmtree(_aside(out / name), ignore_errors=True)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Gone at once for all who look: a part of it must not be taken for the whole."""
+    aside = _aside(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _aside(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f'.{folder.name}.gone')
+
+
+def _has_states(out: pathlib.Path) -> bool:
+    """Whether a run keeps its states here, if only since a moment: the lock comes first."""
+    return any((out / CHECKPOINTS / name).is_file() for name in (resume.LOCK, resume.FILE))
 
 
 def is_begun(out: pathlib.Path) -> bool:
     """Whether a run was begun in this folder that can go on, or has come to its end."""
-    return (out / CHECKPOINTS / resume.FILE).is_file() or is_finished(out)
+    return _has_states(out) or is_finished(out)
 
 
 def is_finished(out: pathlib.Path) -> bool:

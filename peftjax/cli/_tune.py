@@ -5,15 +5,14 @@ from functools import partial
 from typing import NamedTuple
 
 from peftjax import data, models
-from peftjax.cli import _accumulate, _config, _metrics, _output, _plot, _roads, _run_folder, _saved
+from peftjax.cli import _accumulate, _going, _metrics, _plot, _roads, _run_folder, _saved
 from peftjax.cli._examples import labelled, read
 from peftjax.cli._fit import Fitter, Settings, step_count
 from peftjax.cli._held import split
 from peftjax.cli._loop import Evaluation
 from peftjax.cli._recipes import chosen, settled
 from peftjax.cli._task import Task, load_task
-from peftjax.cli._terminal import progress, say
-from peftjax.cli._watch import Watch
+from peftjax.cli._terminal import say
 from peftjax.cli.language import _tune as language
 
 
@@ -35,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
     if more:
         raise ValueError(f'tune takes one method; got {options.method!r}. compare takes several')
     recipe = settled(options, recipe)
-    out = _output.check_free(options.out, options.overwrite)
+    place = _going.place(options)
+    if place.is_finished():
+        return 0
     board = _metrics.board() if options.tensorboard else None
     parts = _parts(options)
     task = load_task(options.model, parts.train.names, options.max_tokens)
@@ -50,21 +51,17 @@ def run(options: argparse.Namespace) -> int:
     fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], steps)
     options.rate = fitter.settings.rate
     say(str(fitter.peft))
-    _run_folder.clear(out)
-    _config.write(out / _config.FILE, options)
     evaluation = _evaluation(fitter, task, parts.held, options.evaluations)
-    with (
-        _metrics.Metrics(out, board) as metrics,
-        progress(1 if recipe.probe else steps) as bar,
-    ):
-        bar.set_description(recipe.name)
-        watch = Watch(recipe.name, fitter.rates, bar, metrics)
-        fitted = fitter.fit(tokens, parts.train.labels, options.seed, watch, evaluation)
-    if fitted.steps:
-        title = f'{recipe.name}, {options.train or "the shipped messages"}'
-        _plot.draw(out / _plot.FILE, metrics.rows, title, 'example')
-    _saved.save(out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=False)
-    say(f'{fitted.steps} steps in {fitted.seconds:.1f} s; written to {out}')
+    examples = (tokens, parts.train.labels)
+    batches, shown = fitter.batches(*examples, options.seed), 1 if recipe.probe else steps
+    with _going.going(place, fitter, batches, shown, options, board) as run:
+        fitted = fitter.fit(examples, run.state, batches, run.watch, evaluation, run.saving)
+        if fitted.steps:
+            title = f'{recipe.name}, {options.train or "the shipped messages"}'
+            _plot.draw(place.out / _plot.FILE, run.metrics.rows, title, 'example')
+        _saved.save(place.out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=False)
+    _run_folder.finish(place.out)
+    say(f'{fitted.steps} steps in {fitted.seconds:.1f} s; written to {place.out}')
     if parts.test is not None:
         accuracy = fitter.accuracy(fitted.phi, task.encode(parts.test.texts), parts.test.labels)
         say(f'accuracy on {len(parts.test)} test messages: {accuracy:.1f} %')

@@ -72,7 +72,16 @@ class Watch:
         Args:
           step: how many were made.
           found: what an evaluation found, by name; empty where there was none.
+
+        Raises:
+          ValueError: it is not finite.
         """
+        for name, value in found.items():
+            if not np.isfinite(value):
+                raise ValueError(
+                    f'{self._name}: what an evaluation finds must be finite; {name} is {value} '
+                    f'after step {step}. Look at the data, or lower the learning rate'
+                )
         said = [f'step {step}']
         if self._recent:
             said += [f'loss {np.mean(self._recent):.4f}']

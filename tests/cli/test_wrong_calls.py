@@ -62,6 +62,10 @@ TUNES = {
     f'{TUNE} --out data.jsonl/new': 'data.jsonl is a file. Choose another --out',
     f'{TUNE} --out llama --overwrite': 'llama is the folder of a model. Choose another --out',
     f'{TUNE} more': 'unrecognized arguments: more',
+    f'{TUNE} --save-every 0': "whole number from 1 up; got '0'",
+    f'{TUNE} --out runs --resume': 'runs exists and is not empty. Choose another --out',
+    'tune --data data.jsonl --out runs --resume': 'runs exists and is not empty. Choose another',
+    'tune --data data.jsonl --out new --save-every 0.5': "whole number from 1 up; got '0.5'",
 }
 FOLDERS = {
     'merge runs/mien --out new': "no such adapter folder: runs/mien. Did you mean 'runs/mine'?",

@@ -33,8 +33,6 @@ def add_tune(sub: argparse.ArgumentParser, count: Any) -> None:
     )
     group.add_argument('--weight-decay', type=from_zero, help='on all that is trained (0.01)')
     _model(group)
-    group.add_argument('--save-every', type=count, help='steps between checkpoints (100)')
-    _switch(group, '--resume', 'go on with the run in --out where it was cut off')
     group.add_argument(
         '--remat', choices=('none', 'full', 'names'), help='what a gradient keeps (names)'
     )

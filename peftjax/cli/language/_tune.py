@@ -1,14 +1,10 @@
 """`peftjax tune` on a language model: one method, one folder with adapter and metrics."""
 
 import argparse
-import pathlib
 
-import peftjax as pj
 from peftjax import models
-from peftjax.cli import _accumulate, _config, _metrics, _output, _plot, _report, _roads, _run_folder
-from peftjax.cli._loop import Saving
-from peftjax.cli._terminal import progress, say
-from peftjax.cli._watch import Watch
+from peftjax.cli import _accumulate, _going, _metrics, _plot, _report, _roads, _run_folder
+from peftjax.cli._terminal import say
 from peftjax.cli.language import _data, _recipes, _saved, _task
 from peftjax.cli.language._fit import Fitted, Fitter, Settings
 
@@ -18,11 +14,8 @@ def run(options: argparse.Namespace) -> int:
     _roads.settle(options, _roads.LANGUAGE, _roads.ENCODER)
     _accumulate.check(options)
     recipe = _recipes.chosen(options.method)
-    goes_on = options.resume and _run_folder.is_begun(pathlib.Path(options.out))
-    out = _output.check_free(options.out, options.overwrite or goes_on)
-    if goes_on and _run_folder.is_finished(out):
-        _run_folder.finish(out)
-        say(f'{out} has come to its end: there is nothing to go on with')
+    place = _going.place(options)
+    if place.is_finished():
         return 0
     board = _metrics.board() if options.tensorboard else None
     method = _recipes.settle(options, models.decoder_config(options.model))
@@ -36,40 +29,16 @@ def run(options: argparse.Namespace) -> int:
     settings = _settings(options, split)
     fitter = Fitter(task, task.attach(method), settings)
     say(f'{fitter.peft}\n{_about(split, settings)}')
-    if not goes_on:
-        _run_folder.clear(out)
-    with _checkpoints(out, fitter, options) as checkpoints:
-        _config.write(out / _config.FILE, options)
-        batches = fitter.batches(split.train, options.seed)
-        state = checkpoints.resume(fitter.start(options.seed), batches)
-        after = int(state.step) or None
-        if after is not None:
-            say(f'goes on after step {after}')
-        with _metrics.Metrics(out, board, after) as metrics, progress(settings.steps) as bar:
-            bar.set_description(recipe.name)
-            watch = Watch(recipe.name, fitter.rates, bar, metrics)
-            saving = Saving(checkpoints, options.save_every)
-            fitted = fitter.fit(split, state, batches, options.evaluations, watch, saving)
-    _plot.draw(out / _plot.FILE, metrics.rows, f'{recipe.name}, {options.train}', 'token')
-    _saved.save(out, task, fitter.peft, fitted, recipe, settings, options.seed)
-    _run_folder.finish(out)
+    batches, times = fitter.batches(split.train, options.seed), options.evaluations
+    with _going.going(place, fitter, batches, settings.steps, options, board) as run:
+        fitted = fitter.fit(split, run.state, batches, times, run.watch, run.saving)
+        title = f'{recipe.name}, {options.train}'
+        _plot.draw(place.out / _plot.FILE, run.metrics.rows, title, 'token')
+        _saved.save(place.out, task, fitter.peft, fitted, recipe, settings, options.seed)
+    _run_folder.finish(place.out)
     say(_end(fitted, settings))
-    say(f'written to {out}')
+    say(f'written to {place.out}')
     return 0
-
-
-FREE = {
-    *_config.UNSAID, 'out', 'model', 'train', 'eval_data', 'eval_part', 'evaluations',
-    'tensorboard', 'save_every', 'remat',
-}  # fmt: skip
-"""Options that may be others when a run goes on: they do not say what is computed, or it is known
-from elsewhere, as the weights are and the rows that are trained on."""
-
-
-def _checkpoints(out: pathlib.Path, fitter: Fitter, options: argparse.Namespace) -> pj.Checkpoints:
-    settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    folder = out / _run_folder.CHECKPOINTS
-    return pj.Checkpoints(folder, fitter.peft, fitter.task.params, settings=settings)
 
 
 def _packs(options: argparse.Namespace, method: object) -> bool:

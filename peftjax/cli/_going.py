@@ -1,0 +1,110 @@
+"""A run from its beginning, or from where it was cut off; both kinds of models go this way."""
+
+import argparse
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import peftjax as pj
+from peftjax.cli import _config, _metrics, _output, _run_folder
+from peftjax.cli._loop import Saving
+from peftjax.cli._terminal import progress, say
+from peftjax.cli._watch import Watch
+
+FREE = {
+    *_config.UNSAID, 'out', 'model', 'train', 'test', 'eval_data', 'eval_part', 'evaluations',
+    'tensorboard', 'save_every', 'remat',
+}  # fmt: skip
+"""Options that may be others when a run goes on: they do not say what is computed, or it is known
+from elsewhere, as the weights are and the rows that are trained on."""
+
+
+class Place(NamedTuple):
+    """Where a run leaves what it finds.
+
+    Attributes:
+      out: the folder.
+      begun: whether a run was begun there that is taken up.
+    """
+
+    out: pathlib.Path
+    begun: bool
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do, which is said."""
+        if not self.begun or not _run_folder.is_finished(self.out):
+            return False
+        _run_folder.finish(self.out)
+        say(f'{self.out} has come to its end: there is nothing to go on with')
+        return True
+
+
+def place(options: argparse.Namespace) -> Place:
+    """The place that options name; nothing is made yet.
+
+    Args:
+      options: as parsed.
+
+    Returns:
+      The place.
+
+    Raises:
+      OSError: it is taken, or no folder can be made there.
+    """
+    begun = options.resume and _run_folder.is_begun(pathlib.Path(options.out))
+    return Place(_output.check_free(options.out, options.overwrite or begun), begun)
+
+
+class Going(NamedTuple):
+    """What a run needs on its way.
+
+    Attributes:
+      state: to begin with.
+      watch: what measures and shows.
+      saving: where states are kept.
+      metrics: what was measured.
+    """
+
+    state: pj.TrainState
+    watch: Watch
+    saving: Saving
+    metrics: _metrics.Metrics
+
+
+@contextlib.contextmanager
+def going(
+    place: Place, fitter: Any, batches: Any, steps: int, options: argparse.Namespace, board: Any
+) -> Iterator[Going]:
+    """Begins a run or takes it up: its folder, its state, where its batches stand.
+
+    Args:
+      place: where.
+      fitter: what fits: its `peft`, `task`, `rates` and `start`.
+      batches: fresh ones, which are put where the run stopped.
+      steps: to show.
+      options: as parsed, defaults filled in.
+      board: as from `_metrics.board`, or None.
+
+    Yields:
+      What the run needs.
+
+    Raises:
+      BlockingIOError: another process writes to the folder.
+      CheckpointError: what is to go on is damaged.
+      ValueError: it is another run.
+    """
+    if not place.begun:
+        _run_folder.clear(place.out)
+    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    folder = place.out / _run_folder.CHECKPOINTS
+    with pj.Checkpoints(folder, fitter.peft, fitter.task.params, settings=settings) as checkpoints:
+        state = checkpoints.resume(fitter.start(options.seed), batches)
+        _config.write(place.out / _config.FILE, options)  # not those of a run that was refused
+        after = int(state.step) or None
+        if after is not None:
+            say(f'goes on after step {after}')
+        with _metrics.Metrics(place.out, board, after) as metrics, progress(steps) as bar:
+            bar.set_description(options.method)
+            watch = Watch(options.method, fitter.rates, bar, metrics)
+            yield Going(state, watch, Saving(checkpoints, options.save_every), metrics)
