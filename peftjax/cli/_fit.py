@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from peftjax import Peft, TrainState, attach, chain_optimizer, data, start, train_step
+from peftjax.cli import _mesh
 from peftjax.cli._accumulate import cut
 from peftjax.cli._listed import Listed
 from peftjax.cli._loop import Drawn, Evaluation, Saving, train
@@ -97,7 +98,8 @@ class Fitter:
     def start(self, seed: int) -> TrainState:
         """A fresh state; the seed draws dropout, the classifier and the rest of phi."""
         for_phi, for_head, for_steps = jax.random.split(jax.random.key(seed), 3)
-        phi = jax.jit(self.peft.init)(for_phi, self.task.fresh(for_head))
+        params = self.task.fresh(for_head)
+        phi = jax.jit(self.peft.init, out_shardings=self.peft.shardings(params))(for_phi, params)
         return start(self._tx, phi, for_steps)
 
     def batches(self, tokens: data.Tokens, labels: np.ndarray, seed: int) -> Listed:
@@ -138,13 +140,18 @@ class Fitter:
         params, steps = self.task.params, len(batches)
         compiled = self._step.seconds
         for batch in batches.all:
-            self._step.prepare(params, state, batch)
+            self._step.prepare(params, state, self._taken(batch)[0])
         compiled = self._step.seconds - compiled
         if evaluation is not None and not int(state.step):
             evaluation.report(0, state.phi, watch)
-        drawn = Drawn(batches, lambda batch: (batch, int(batch['mask'].sum())), watch)
+        drawn = Drawn(batches, self._taken, watch)
         state = train(self._step, params, state, drawn, steps, watch, evaluation, saving)
         return Fitted(self.peft, state.phi, watch.seconds, compiled, steps, self._step.peak_bytes)
+
+    def _taken(self, batch: dict) -> tuple[dict, int]:
+        """A batch as the step takes it, and its tokens without padding."""
+        dealt = _mesh.dealt(batch, self.task.mesh, self.settings.accumulate)
+        return dealt, int(batch['mask'].sum())
 
     def _probe(
         self,

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from peftjax.cli import _method_options
+from peftjax.cli import _mesh, _method_options
 from peftjax.cli._numbers import count
 from peftjax.cli.language._options import DTYPES, EMBEDDINGS, QUANTIZED
 
@@ -21,10 +21,9 @@ def plan(commands: Any) -> None:
     sub.add_argument('--length', type=count, default=2048, help='tokens of a row (%(default)s)')
     sub.add_argument(
         '--mesh',
-        type=_mesh,
+        type=_mesh.axes,
         default={},
-        help='devices by axis, as data=4,model=2: data splits batches, model splits products, '
-        'fsdp splits batches and keeps a part of each weight (one device)',
+        help=_mesh.ABOUT,
     )
     sub.add_argument(
         '--dtype', choices=DTYPES, default='bfloat16', help='of the model (%(default)s)'
@@ -110,18 +109,6 @@ def quantize(commands: Any) -> None:
 
 def _adapter(sub: argparse.ArgumentParser) -> None:
     sub.add_argument('adapter', help='folder that tune or import left')
-
-
-def _mesh(text: str) -> dict[str, int]:
-    axes: dict[str, int] = {}
-    for part in text.split(','):
-        name, _, size = part.strip().partition('=')
-        if name not in ('data', 'fsdp', 'model') or name in axes:
-            raise argparse.ArgumentTypeError(
-                f'must be axes among data, fsdp and model, as data=4,model=2; got {text!r}'
-            )
-        axes[name] = count(size)
-    return axes
 
 
 COMMANDS = (plan, merge, export, import_, quantize)

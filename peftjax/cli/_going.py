@@ -14,7 +14,7 @@ from peftjax.cli._watch import Watch
 
 FREE = {
     *_config.UNSAID, 'out', 'model', 'train', 'test', 'eval_data', 'eval_part', 'evaluations',
-    'tensorboard', 'save_every', 'remat',
+    'tensorboard', 'save_every', 'remat', 'mesh',
 }  # fmt: skip
 """Options that may be others when a run goes on: they do not say what is computed, or it is known
 from elsewhere, as the weights are and the rows that are trained on."""

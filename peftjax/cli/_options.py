@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from peftjax.cli import _config, _folder_options, _method_options
+from peftjax.cli import _config, _folder_options, _mesh, _method_options
 from peftjax.cli._numbers import count, part, positive, seed
 from peftjax.cli.language import _options as language
 
@@ -98,6 +98,7 @@ def _tune(commands: Any) -> None:
         metavar='PARTS',
         help='compute them in so many parts, one after the other, for less memory (1)',
     )
+    sub.add_argument('--mesh', type=_mesh.checked, metavar='AXES', help=_mesh.ABOUT)
     sub.add_argument(
         '--seed', type=seed, default=0, help='of sampling, order and dropout (%(default)s)'
     )

@@ -1,7 +1,6 @@
 """`peftjax plan`: what tuning a decoder will take, from its config.json alone."""
 
 import argparse
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import optax
 
 import peftjax as pj
 from peftjax import _paths, losses, models, sharding
+from peftjax.cli import _mesh
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _recipes
 from peftjax.cli.language._task import SCHEMES, check_embeddings, quantized, rounding
@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     check_embeddings(options.quantize, options.embeddings)
     config = models.read_decoder_config(_fields(pathlib.Path(options.model).expanduser()))
-    shapes = _shapes(config, options, _mesh(options.mesh))
+    jax.config.update('jax_platforms', 'cpu')  # nothing is put on the devices of a plan
+    shapes = _shapes(config, options, _mesh.mesh(options.mesh))
     method = _recipes.settle(options, config)
     peft = pj.attach(method, shapes.model.apply_fn, shapes.params, shapes.ids)
     say(str(peft) + '\n')
@@ -62,23 +63,6 @@ def _fields(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path / 'config.json' if path.is_dir() else path)
 
 
-def _mesh(axes: dict[str, int]) -> jax.sharding.Mesh | None:
-    """A mesh of CPU devices: a plan needs as many as it is for, and nothing is put on them."""
-    jax.config.update('jax_platforms', 'cpu')
-    if not axes:
-        return None
-    count = math.prod(axes.values())
-    try:
-        jax.config.update('jax_num_cpu_devices', count)
-    except RuntimeError:  # JAX runs already, with as many as it has.
-        pass
-    if len(jax.devices()) < count:
-        raise ValueError(f'a mesh of {count} devices is wanted; JAX runs with {jax.device_count()}')
-    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
-    devices = jax.devices()[:count]
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
-
-
 def _shapes(
     config: models.DecoderConfig, options: argparse.Namespace, mesh: jax.sharding.Mesh | None
 ) -> Shapes:
@@ -89,7 +73,7 @@ def _shapes(
     params = _params(model, options, ids)
     if mesh is None:
         return Shapes(model, params, ids)
-    rows = math.prod(mesh.shape[axis] for axis in ('data', 'fsdp') if axis in mesh.axis_names)
+    rows = _mesh.rows_of(mesh)
     if options.batch % rows:
         raise ValueError(f'the batch must be a multiple of {rows}, as its rows are dealt out over '
                          f'so many devices; got {options.batch}')  # fmt: skip

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from peftjax import data, models
 from peftjax.losses import Loss
+from peftjax.models._checkpoint import read_json
 
 EVALUATE = 64
 """Rows of a batch where nothing is trained."""
@@ -34,6 +36,7 @@ class Task:
       pad_id: of the model.
       max_tokens: longer texts are cut.
       deviation: of the weights of a fresh classifier.
+      mesh: of the devices that compute; None for one device.
     """
 
     model: str
@@ -45,6 +48,7 @@ class Task:
     pad_id: int
     max_tokens: int
     deviation: float
+    mesh: Mesh | None = None
 
     def fresh(self, key: jax.Array) -> Any:
         """Theta with a classifier of its own; its luck is a part of the spread over seeds."""
@@ -77,21 +81,24 @@ class Task:
         return np.concatenate(found)[np.argsort(order)]
 
 
-def load_task(model: str, names: tuple[str, ...], max_tokens: int) -> Task:
+def load_task(
+    model: str, names: tuple[str, ...], max_tokens: int, mesh: Mesh | None = None
+) -> Task:
     """Loads an encoder and puts a classifier on it.
 
     Args:
       model: folder or hub name; empty for the default model.
       names: of the labels.
       max_tokens: longer texts are cut.
+      mesh: over which its weights are spread.
 
     Returns:
       The task.
     """
     folder = model or models.default_model_path()
-    loaded = models.load_encoder(
-        folder, 'mean', num_labels=len(names), key=jax.random.key(HEAD_KEY)
-    )
+    how = {} if mesh is None else {'sharding': _sharding(folder, len(names), mesh)}
+    key = jax.random.key(HEAD_KEY)
+    loaded = models.load_encoder(folder, 'mean', num_labels=len(names), key=key, **how)
     tokenizer = models.load_tokenizer(folder)
     config = loaded.config
     encoder = models.Encoder(config, loaded.model.compute)
@@ -110,7 +117,14 @@ def load_task(model: str, names: tuple[str, ...], max_tokens: int) -> Task:
         config.pad_token_id,
         max_tokens,
         config.initializer_range,
+        mesh,
     )
+
+
+def _sharding(model: str, labels: int, mesh: Mesh) -> Any:
+    config = models.read_config(read_json(models.model_folder(model) / 'config.json'))
+    config = dataclasses.replace(config, num_labels=labels)
+    return models.encoder_sharding(config, mesh, head='mean')
 
 
 def call(task: Task, forward: Callable[..., jax.Array], batch: dict, key: Any, *trees: Any) -> Any:

@@ -4,8 +4,10 @@ import argparse
 from functools import partial
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from peftjax import data, models
-from peftjax.cli import _accumulate, _going, _metrics, _plot, _roads, _run_folder, _saved
+from peftjax.cli import _accumulate, _going, _mesh, _metrics, _plot, _roads, _run_folder, _saved
 from peftjax.cli._examples import labelled, read
 from peftjax.cli._fit import Fitter, Settings, step_count
 from peftjax.cli._held import split
@@ -30,6 +32,13 @@ def run(options: argparse.Namespace) -> int:
         return language.run(options)
     _roads.settle(options, _roads.ENCODER, _roads.LANGUAGE)
     _accumulate.check(options)
+    mesh = _mesh.mesh(_mesh.axes(options.mesh) if options.mesh else {})
+    _mesh.check(options, mesh)
+    with _mesh.entered(mesh):
+        return _tune(options, mesh)
+
+
+def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     recipe, *more = chosen(options.method)
     if more:
         raise ValueError(f'tune takes one method; got {options.method!r}. compare takes several')
@@ -39,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     board = _metrics.board() if options.tensorboard else None
     parts = _parts(options)
-    task = load_task(options.model, parts.train.names, options.max_tokens)
+    task = load_task(options.model, parts.train.names, options.max_tokens, mesh)
     tokens = task.encode(parts.train.texts)
     settings = Settings(
         epochs=options.epochs,

@@ -11,6 +11,7 @@ import optax
 
 import peftjax as pj
 from peftjax import data
+from peftjax.cli import _mesh
 from peftjax.cli._accumulate import cut
 from peftjax.cli._loop import Drawn, Evaluation, Saving, train
 from peftjax.cli._programs import Programs
@@ -105,7 +106,8 @@ class Fitter:
     def start(self, seed: int) -> pj.TrainState:
         """A fresh state."""
         for_phi, for_steps = jax.random.split(jax.random.key(seed))
-        phi = jax.jit(self.peft.init)(for_phi, self.task.params)
+        where = self.peft.shardings(self.task.params)
+        phi = jax.jit(self.peft.init, out_shardings=where)(for_phi, self.task.params)
         return pj.start(self._tx, phi, for_steps)
 
     def batches(self, rows: data.Rows, seed: int) -> data.Batches:
@@ -154,7 +156,8 @@ class Fitter:
     def _taken(self, batch: data.LanguageBatch) -> tuple[dict[str, Any], int]:
         """A batch as the step takes it, and its tokens without padding."""
         tokens = int((batch.segment_ids > 0).sum())
-        return cut(arguments(batch), self.settings.accumulate), tokens
+        parts = self.settings.accumulate
+        return _mesh.dealt(cut(arguments(batch), parts), self.task.mesh, parts), tokens
 
     def evaluate(self, rows: data.Rows, phi: Any) -> dict[str, float]:
         """The mean loss of all tokens to learn."""

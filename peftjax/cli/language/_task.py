@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import peftjax as pj
 from peftjax import data, losses, models
@@ -28,6 +29,7 @@ class Task:
       tokenizer: of transformers.
       stop: the tokens that end a text.
       pad_id: the token at padding.
+      mesh: of the devices that compute; None for one device.
     """
 
     model: str
@@ -36,6 +38,7 @@ class Task:
     tokenizer: Any
     stop: tuple[int, ...]
     pad_id: int
+    mesh: Mesh | None = None
 
     @property
     def config(self) -> models.DecoderConfig:
@@ -93,6 +96,7 @@ def load(
     quantize: str | None,
     embeddings: bool = False,
     remat: Literal['none', 'full', 'names'] = 'none',
+    mesh: Mesh | None = None,
 ) -> Task:
     """Loads a decoder and its tokenizer.
 
@@ -103,6 +107,7 @@ def load(
         are.
       embeddings: whether the token embedding and the head are kept so too.
       remat: what a gradient keeps of each layer.
+      mesh: over which its weights are spread.
 
     Returns:
       The task.
@@ -112,12 +117,14 @@ def load(
       ValueError: a model or tokenizer that cannot be read.
     """
     how = rounding(model, quantize, embeddings)
+    if mesh is not None:
+        how['sharding'] = models.decoder_sharding(models.decoder_config(model), mesh)
     loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat, **how)
     tokenizer = load_tokenizer(models.model_folder(model))
     stop = stop_tokens(models.model_folder(model), tokenizer)
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else stop[0] if stop else 0
-    return Task(model, loaded.model, loaded.params, tokenizer, stop, pad)
+    return Task(model, loaded.model, loaded.params, tokenizer, stop, pad, mesh)
 
 
 def rounding(model: str, quantize: str | None, embeddings: bool) -> dict[str, Any]:

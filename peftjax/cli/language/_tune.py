@@ -2,8 +2,10 @@
 
 import argparse
 
+from jax.sharding import Mesh
+
 from peftjax import models
-from peftjax.cli import _accumulate, _going, _metrics, _plot, _report, _roads, _run_folder
+from peftjax.cli import _accumulate, _going, _mesh, _metrics, _plot, _report, _roads, _run_folder
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _data, _recipes, _saved, _task
 from peftjax.cli.language._fit import Fitted, Fitter, Settings
@@ -13,6 +15,13 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _roads.settle(options, _roads.LANGUAGE, _roads.ENCODER)
     _accumulate.check(options)
+    mesh = _mesh.mesh(_mesh.axes(options.mesh) if options.mesh else {})
+    _mesh.check(options, mesh)
+    with _mesh.entered(mesh):
+        return _tune(options, mesh)
+
+
+def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     recipe = _recipes.chosen(options.method)
     place = _going.place(options)
     if place.is_finished():
@@ -22,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     options.pack = _packs(options, method)
     records = _data.read(options)
     task = _task.load(
-        options.model, options.dtype, options.quantize, options.embeddings, options.remat
+        options.model, options.dtype, options.quantize, options.embeddings, options.remat, mesh
     )
     split = _data.rows(task, records, options, options.pack)
     options.rate = recipe.rate if options.rate is None else options.rate
