@@ -5,7 +5,7 @@
 
 Children are trained on one CPU thread, killed or told to end at moments drawn from the seed, and
 go on; what they end with is compared, bit for bit, with a run that nobody touched. `train` does so
-with the default task of `peftjax tune`. Rows of an earlier call stay in the file where `--only`
+with the default task of `peftjax tune`, `mesh` with the same on eight devices. Rows of an earlier call stay in the file where `--only`
 leaves them out. The exit code is 1 where a promise was not kept.
 """
 
@@ -83,6 +83,10 @@ CASES: dict[str, tuple[str, Case]] = {
     'train': (
         'peftjax tune, killed ten times, against the unbroken run',
         lambda place, quick, seed: tune.killed(place, 1 if quick else 10, seed),
+    ),
+    'mesh': (
+        'the same on eight host devices, --mesh data=2,fsdp=2,model=2',
+        lambda place, quick, seed: tune.killed(place, 1 if quick else 10, seed, *tune.MESH),
     ),
 }
 

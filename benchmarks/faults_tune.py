@@ -16,21 +16,23 @@ from peftjax import checkpoint
 TASK = ('tune', '--shots', '10', '--eval-part', '0.1', '--evaluations', '4', '--save-every', '5')
 """LoRA on MiniLM, eight epochs of ten messages of each of seven labels: 72 steps of eight."""
 
+MESH = ('--mesh', 'data=2,fsdp=2,model=2')
+
 SAME = ('options.toml', 'loss.png', 'adapter/adapter.json')
 """Files that must have the same bytes. Orbax gives its files names of their own and writes times
 into them, so phi is compared as arrays; `metrics.jsonl` has seconds, which are left out."""
 
 
-def killed(place: pathlib.Path, kills: int, seed: int) -> Count:
+def killed(place: pathlib.Path, kills: int, seed: int, *more: str) -> Count:
     """One run that is killed so often, against one that is not; a case is a kill."""
-    finish(start(place, place / 'first'))  # compiles, so that the next do not
+    finish(start(place, place / 'first', *more))  # compiles, so that the next do not
     since = time.monotonic()
-    finish(start(place, place / 'unbroken'))
+    finish(start(place, place / 'unbroken', *more))
     whole, training = time.monotonic() - since, rows(place / 'unbroken')[-1]['seconds']
     draw, moments, out = random.Random(seed), [], place / 'killed'
     steps = max(row['step'] for row in rows(place / 'unbroken'))
     for step in sorted(draw.sample(range(steps - 5), kills)):
-        child = start(place, out)
+        child = start(place, out, *more)
         if draw.random() < 0.8:  # else at any moment, those before training included
             wait_for(child, out, step)
             time.sleep(draw.uniform(0, 3 * training / steps))
@@ -39,16 +41,16 @@ def killed(place: pathlib.Path, kills: int, seed: int) -> Count:
         child.kill()
         finish(child, killed=True)
         moments.append(max((row['step'] for row in rows(out)), default=0))
-    finish(start(place, out))
+    finish(start(place, out, *more))
     different = compare(place / 'unbroken/run', out / 'run')
     seen = {'seconds_unbroken': round(whole, 1), 'killed_after_steps': moments}
     return Count(0 if different else len(moments), kills, {**seen, 'different': different})
 
 
-def start(place: pathlib.Path, home: pathlib.Path) -> subprocess.Popen:
+def start(place: pathlib.Path, home: pathlib.Path, *more: str) -> subprocess.Popen:
     """Begins the run in a folder, or goes on with it."""
     home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, '-m', 'peftjax', *TASK, '--out', 'run', '--resume']
+    command = [sys.executable, '-m', 'peftjax', *TASK, *more, '--out', 'run', '--resume']
     with (home / 'said.txt').open('a') as said:
         return subprocess.Popen(
             command, cwd=home, env=environment(place), stdout=said, stderr=subprocess.STDOUT

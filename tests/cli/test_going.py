@@ -167,3 +167,29 @@ def test_batches_are_taken_up_where_they_stood():
     assert [batch['x'][0] for batch in other] == [1, 2] and len(other) == 3
     with pytest.raises(ValueError, match='is of other batches'):
         Listed(batches[:2]).restore(state)
+
+
+MESHES = ('data=5', 'fsdp=5', 'model=2', 'fsdp=5,model=1', 'data=1,model=4')
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_on_a_mesh_a_run_measures_the_same(files, unbroken, tmp_path, mesh):
+    """Also where one device goes on with what a mesh has begun."""
+    out = tmp_path / 'out'
+    assert call('tune', *files, *EPOCHS, '--mesh', mesh, '--out', out) == 0
+    assert f'mesh = "{mesh}"' in (out / 'options.toml').read_text()
+    for found, wanted in zip(rows(out), rows(unbroken), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_one_device_goes_on_with_what_a_mesh_has_begun(
+    peftjax, files, unbroken, tmp_path, monkeypatch
+):
+    out = tmp_path / 'out'
+    with monkeypatch.context() as patch:
+        cut_off(patch, lambda: signal.raise_signal(signal.SIGTERM))
+        mesh = ('--mesh', 'fsdp=5', '--save-every', 2)
+        assert peftjax('tune', *files, *EPOCHS, *mesh, '--out', out).code == 143
+    assert peftjax('tune', *files, *EPOCHS, '--resume', '--out', out).code == 0
+    for found, wanted in zip(rows(out), rows(unbroken), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)

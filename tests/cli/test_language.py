@@ -234,6 +234,17 @@ def test_parts_of_a_step_are_the_step(tune, tmp_path):
     assert 'accumulate = 3\n' in (parts / 'options.toml').read_text()
 
 
+@pytest.mark.parametrize('mesh', ['data=2', 'fsdp=2,model=4', 'data=2,fsdp=2,model=2'])
+def test_on_a_mesh_a_run_measures_the_same(tune, tmp_path, mesh):
+    one, several = tmp_path / 'one', tmp_path / 'several'
+    how = ('--steps', 4, '--batch', 8, '--length', 16, '--evaluations', 1, '--eval-part', 0.2)
+    assert tune(*how, '--out', one).code == 0
+    assert tune(*how, '--accumulate', 2, '--mesh', mesh, '--out', several).code == 0
+    for name in ('loss', 'tokens', 'evaluation_loss'):
+        found, expected = ([row[name] for row in rows(run, name)] for run in (several, one))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     'how',
     [
