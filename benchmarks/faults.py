@@ -5,8 +5,9 @@
 
 Children are trained on one CPU thread, killed or told to end at moments drawn from the seed, and
 go on; what they end with is compared, bit for bit, with a run that nobody touched. `train` does so
-with the default task of `peftjax tune`, `mesh` with the same on eight devices. Rows of an earlier call stay in the file where `--only`
-leaves them out. The exit code is 1 where a promise was not kept.
+with the default task of `peftjax tune`, `mesh` with the same on eight devices. Rows of an earlier
+call stay in the file where `--only` leaves them out. The exit code is 1 where a promise was not
+kept.
 """
 
 import argparse

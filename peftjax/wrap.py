@@ -117,7 +117,8 @@ def method_wrap(
       True
     """
     peft = attach(method, apply_fn, params, *args, **(kwargs or {}))
-    return Wrapped(Forward(peft.wrap(apply_fn)), jax.jit(peft.init)(key, params))
+    fresh = jax.jit(peft.init, out_shardings=peft.shardings(params))
+    return Wrapped(Forward(peft.wrap(apply_fn)), fresh(key, params))
 
 
 def lora_wrap(
