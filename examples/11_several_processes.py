@@ -1,7 +1,8 @@
 """Two processes, one mesh: the same training, saved by both and read by one.
 
-This starts both on this machine, each with four CPU devices. On a cluster each host runs `train`
-once, after `jax.distributed.initialize()`; nothing else changes.
+What differs from 10: the devices belong to two processes, which this file starts on this machine,
+four CPU devices each. On a cluster each host runs `train` once, after
+`jax.distributed.initialize()`; nothing else changes.
 """
 
 import os

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from peftjax._one_pass import sum_in_one_pass, wide
 from peftjax._types import Array
+
+ROWS = ('data', 'fsdp')
+"""Axes of a mesh that split the rows of a batch, as of `sharding.batch_sharding`."""
 
 
 class Loss(NamedTuple):
@@ -63,7 +67,8 @@ def next_token_loss(
       bias: `(vocabulary,)`, of the head.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2).
       z_loss: adds `z_loss * logsumexp(logits)**2` to the loss of a token (PaLM).
-      chunk: about how many tokens go through the head at once, at least one of every row.
+      chunk: about how many tokens go through the head at once, at least one of every row; on a mesh
+        set by `jax.set_mesh`, on each of the devices that `data` and `fsdp` split the rows over.
 
     Returns:
       Total and count; `.mean` is what one trains on. A target beyond the vocabulary makes the
@@ -96,7 +101,8 @@ def next_token_loss(
         return (_counted(targets, weights, own) * _losses(logits, targets, z_loss)).sum()
 
     tokens = (hidden, targets, weights)
-    parts = jax.tree.map(lambda x: _chunks(x, targets.ndim - 1, chunk), tokens)
+    size = chunk * _sharers(targets.shape[:-1])
+    parts = jax.tree.map(lambda x: _chunks(x, targets.ndim - 1, size), tokens)
     total = sum_in_one_pass(part, (head, bias), parts)
     return Loss(total, _counted(targets, weights, own).sum())
 
@@ -171,6 +177,14 @@ def _as_if_bwd(kept: Array, by: Array) -> tuple[None, Array]:
 
 
 _as_if.defvjp(lambda value, rounded: (value, rounded[:0]), _as_if_bwd)
+
+
+def _sharers(rows: tuple[int, ...]) -> int:
+    """How many devices share the rows: on each, a chunk must be worth reading the head for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    count = math.prod(mesh.shape[name] for name in ROWS if kinds.get(name) == AxisType.Auto)
+    return 1 if not rows or rows[0] % count else count
 
 
 def _chunks(x: Array, axis: int, chunk: int) -> Array:

@@ -22,9 +22,13 @@ from peftjax._types import PyTree
 from peftjax.sharding import state_shardings
 from peftjax.train import LossFn, TrainState, start, train_step
 
-CPU_OPTIONS: Mapping[str, Any] = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+CPU_OPTIONS: Mapping[str, Any] = {
+    'xla_disable_hlo_passes': 'while-loop-invariant-code-motion',
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+}
 """A CPU computes in float32 what is bfloat16, and casts stacked weights as a whole, before the loop
-over layers; accelerators hold no such copy."""
+over layers; accelerators hold no such copy. The machine code never runs: it need not be good."""
 
 PARTITIONING = 'spmd-partitioning'
 """The pass of XLA that makes one device's program of that of all."""
@@ -87,9 +91,9 @@ class Plan:
             *((f'bytes of {name}', self._bytes(i)) for i, name in enumerate(_NAMES)),
             ('temporaries of a step', _size(self.temporaries) + self._each),
             ('all of it', _size(self.peak) + self._each),
-            *((f'{name} of a step', _size(n) + self._each) for name, n in self.received.items()),
+            *((f'received by {name}', _size(n) + self._each) for name, n in self.received.items()),
             ('tokens of a step', f'{self.tokens:,}'),
-            ('FLOPs of a step', f'{self.flops:.4g}'),
+            ('FLOPs of a step', f'{self.flops:.4g}{self._share}'),
             ('FLOPs per token', f'{self.flops / self.tokens:.4g}'),
             ('compiled for', f'{self.devices} × {self.platform}'),
         ]
@@ -99,6 +103,10 @@ class Plan:
     @property
     def _each(self) -> str:
         return ' on each device' if self.devices > 1 else ''
+
+    @property
+    def _share(self) -> str:
+        return f', {self.flops / self.devices:.4g} for each device' if self.devices > 1 else ''
 
     def _bytes(self, index: int) -> str:
         whole, device = _size(self.whole[index]), _size(self.device[index])

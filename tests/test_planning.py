@@ -113,7 +113,7 @@ def test_a_plan_counts_bytes_on_each_device():
     assert (one.devices, four.devices) == (1, 4) and one.flops == four.flops
     assert 0.2 < four.temporaries / one.temporaries < 0.6
     assert one.received == {} and set(four.received) >= {'all-reduce'}
-    assert 'all-reduce of a step' in str(four)
+    assert 'received by all-reduce' in str(four)
     assert one.peak == sum(one.whole) + one.temporaries
     assert 'on each device' in str(four) and 'on each device' not in str(one)
 

@@ -15,7 +15,7 @@ from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._kernel import keep
 from peftjax.models._layers import Embedding, linear
 from peftjax.models._sight import Sight, count_positions, find_places, find_sights
-from peftjax.models._split import split_rows
+from peftjax.models._split import gathered_head, split_rows
 from peftjax.models._stack import stack
 
 Array = jax.Array
@@ -224,6 +224,8 @@ class Decoder(nn.Module):
     def head_weight(self, params: Mapping[str, Any]) -> HeadWeight:
         """The head as an array; `logits` is `hidden @ weight`, capped.
 
+        On a mesh set by `jax.set_mesh`, whose axis `fsdp` splits the head, it is gathered along it.
+
         Args:
           params: the tree under `'params'`.
 
@@ -232,8 +234,10 @@ class Decoder(nn.Module):
         """
         config, names = self.config, self.config.names
         if config.tied:
-            return HeadWeight(params[names.body][names.embedding]['embedding'].T, config.soft_cap)
-        return HeadWeight(params[names.head]['kernel'], config.soft_cap)
+            weight = params[names.body][names.embedding]['embedding'].T
+        else:
+            weight = params[names.head]['kernel']
+        return HeadWeight(gathered_head(weight), config.soft_cap)
 
     @nn.nowrap
     def init_cache(

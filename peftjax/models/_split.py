@@ -1,4 +1,4 @@
-"""Activations split by rows, where a mesh is set."""
+"""Activations split by rows, and the head whole along them, where a mesh is set."""
 
 import math
 
@@ -22,10 +22,35 @@ def split_rows(x: jax.Array) -> jax.Array:
     Returns:
       The same.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    names = tuple(name for name in BATCH if kinds.get(name) == AxisType.Auto)
-    if not names or x.shape[0] % math.prod(mesh.shape[name] for name in names):
+    sizes = _automatic()
+    names = tuple(name for name in BATCH if name in sizes)
+    if not names or x.shape[0] % math.prod(sizes[name] for name in names):
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(names, *free))
+
+
+def gathered_head(weight: jax.Array) -> jax.Array:
+    """Gathers a head that is kept in parts along `fsdp`, once, whatever loop uses it.
+
+    A fused loss goes through the head chunk by chunk, and the partitioner would gather it for each.
+    Where `jax.set_mesh` set no mesh with that axis, nothing is asked for.
+
+    Args:
+      weight: `(hidden_size, vocab_size)`.
+
+    Returns:
+      The same, split by its vocabulary along `model` at most.
+    """
+    sizes = _automatic()
+    if 'fsdp' not in sizes:
+        return weight
+    split = 'model' in sizes and weight.shape[1] % sizes['model'] == 0
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(None, 'model' if split else None))
+
+
+def _automatic() -> dict[str, int]:
+    """The axes, of the mesh that is set, along which XLA decides where arrays lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}

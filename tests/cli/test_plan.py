@@ -20,6 +20,7 @@ BATCH, LENGTH = 1, 64
     [
         ('llama-3.1-8b', 32, 4096, 14336, 8_030_261_248),
         ('llama-3.1-70b', 80, 8192, 28672, 70_553_706_496),
+        ('llama-3.1-405b', 126, 16384, 53248, 405_853_388_800),
     ],
 )
 def test_parameters_and_phi_by_hand(name, layers, width, inner, parameters):
@@ -34,12 +35,17 @@ def test_parameters_and_phi_by_hand(name, layers, width, inner, parameters):
     assert peft.count() == layers * 16 * sides
 
 
+def rows_of(out):
+    """The printed plan, below the table of sites."""
+    rows = dict(line.split('  ', 1) for line in out.rpartition('\n\n')[2].splitlines())
+    return {name.strip(): value.strip() for name, value in rows.items()}
+
+
 def test_a_plan_of_eight_billion_parameters(peftjax):
     some = ('--model', SHAPES / 'llama-3.1-8b.json', '--batch', BATCH, '--length', LENGTH)
     ran = peftjax('plan', *some, '--remat', 'none', '--rank', 16)
     assert ran.code == 0
-    rows = dict(line.split('  ', 1) for line in ran.out.rpartition('\n\n')[2].splitlines())
-    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    rows = rows_of(ran.out)
     phi, embedding = 41_943_040, 128_256 * 4096
     products = 8_030_261_248 - embedding - 65 * 4096
     # Each product runs forward and back to its input; phi gets a gradient besides; six products
@@ -63,6 +69,30 @@ def test_a_plan_of_a_folder_on_a_mesh(peftjax, tmp_path):
     ran = peftjax('plan', *some, *more)
     assert ran.code == 0 and '4 × cpu' in ran.out and 'PrefixTuning' in ran.out
     assert '32' in ran.out and 'on each device' in ran.out
+
+
+def test_a_plan_on_a_mesh_tells_what_each_device_holds_and_receives(peftjax, tmp_path):
+    """As `docs/planning.md` reads it: layers are gathered twice in a step, the head once."""
+    (tmp_path / 'config.json').write_text(json.dumps(language.FIELDS))
+    some = ('--model', tmp_path, '--batch', 8, '--length', 8, '--dtype', 'float32')
+    ran = peftjax('plan', *some, '--mesh', 'data=2,fsdp=4', '--rank', 1)
+    assert ran.code == 0
+    rows = rows_of(ran.out)
+    head, norms = 40 * 32, 5 * 32
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    phi = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    split = 2 * 7 * 32  # of phi, along `fsdp`: what goes along the residual stream
+    held = phi - split + split // 4
+    size = lambda numbers: f'{4 * numbers / 1e3:.3g} kB'
+    theta = f'{size(2 * head + norms + layers)}, {size((2 * head + layers) // 4 + norms)}'
+    assert rows['bytes of theta'] == f'{theta} on each device'
+    assert rows['bytes of phi'] == f'{size(phi)}, {size(held)} on each device'
+    gathered = 2 * (layers + split) + head + head  # the embedding too
+    assert rows['received by all-gather'] == f'{size(gathered)} on each device'
+    flops = float(rows['FLOPs of a step'].split(',')[0])
+    each = float(rows['FLOPs of a step'].split(',')[1].removesuffix(' for each device'))
+    assert abs(flops / 8 - each) < 1e-3 * each
+    assert rows['compiled for'] == '8 × cpu'
 
 
 def test_what_cannot_be_planned_is_said(peftjax, tmp_path):
