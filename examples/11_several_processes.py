@@ -1,8 +1,7 @@
 """Two processes, one mesh: the same training, saved by both and read by one.
 
-What differs from 10: the devices belong to two processes, which this file starts on this machine,
-four CPU devices each. On a cluster each host runs `train` once, after
-`jax.distributed.initialize()`; nothing else changes.
+What differs from 10: the devices belong to two processes, which this file starts. On a cluster each
+host runs `train` once, after `jax.distributed.initialize()`; nothing else changes.
 """
 
 import os
