@@ -210,8 +210,13 @@ def _over(events: Sequence[Every | At], state: TrainState) -> bool:
 def _terminations() -> Iterator[Callable[[int], bool]]:
     """Whether the process was told to end, by the number of the step that was made."""
     told: list[int] = []
-    if _processes.several():  # all must end after the same step: JAX's own handler, and its service
-        yield lambda step: bool(told) or (_processes.agreed(step) and not told.append(step))
+    if _processes.several():  # all must end after the same step, on which JAX lets them agree
+
+        def agreed(step: int) -> bool:
+            told.extend([step] if _processes.agreed(step) else [])
+            return bool(told)
+
+        yield agreed
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False  # Python delivers signals to the main thread alone

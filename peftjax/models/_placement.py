@@ -90,6 +90,10 @@ def decoder_sharding(config: DecoderConfig, mesh: Mesh, *, scan_layers: bool = T
     device; `fsdp` keeps parts of them; `model` is tensor parallelism; they combine. What an axis
     does not divide is not split by it, nor are norms and biases.
 
+    Compute under `jax.set_mesh(mesh)`: activations then stay split by rows, without which `fsdp`
+    computes all rows on every device. Where the axes of the mesh are explicit, a loss of the model
+    runs as `jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())`.
+
     Args:
       config: of the decoder.
       mesh: with axes among `data`, `fsdp` and `model`.
