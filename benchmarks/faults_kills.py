@@ -173,6 +173,11 @@ def chain(
     return cuts, child.end(), began
 
 
+def went_on(cuts: list[Cut], began: int | None) -> list[int | None]:
+    """From where the run went on after each cut; `began` is of what followed the last one."""
+    return [*(cut.began for cut in cuts), began][1:]
+
+
 def tell(cuts: list[Cut]) -> dict:
     """Moments of all cuts, and how much was done once more."""
     again = [cut.logged - cut.saved for cut in cuts]
@@ -194,7 +199,7 @@ def killed(place: pathlib.Path, kills: int, seed: int, waited: bool) -> Count:
         found, ended, began = chain(
             place, folder, run, signal.SIGKILL, most_now, window, draw, early=0.2
         )
-        starts = [*(cut.began for cut in found[1:]), began]
+        starts = went_on(found, began)
         right = ended == last and logged(folder) == log
         for cut, start in zip(found, starts, strict=True):
             good = right and start in (cut.saved, None) and cut.logged - cut.saved <= most
@@ -214,7 +219,7 @@ def told_to_end(place: pathlib.Path, cases: int, seed: int) -> Count:
         found, ended, began = chain(
             place, folder, run, signal.SIGTERM, most, window, draw, early=0.0
         )
-        starts = [*(cut.began for cut in found[1:]), began]
+        starts = went_on(found, began)
         right = ended == last and logged(folder) == log
         for cut, start in zip(found, starts, strict=True):
             good = right and cut.code == 143 and cut.sealed <= 5
