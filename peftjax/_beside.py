@@ -57,6 +57,11 @@ def replicated(found: Iterable[Any]) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
+def on_a_mesh(leaves: Iterable[Any]) -> bool:
+    """Whether a leaf of theta lies on a mesh."""
+    return any(isinstance(_of(leaf), NamedSharding) for leaf in leaves)
+
+
 def beside(tree: PyTree, others: PyTree) -> PyTree:
     """Arrays, those on no mesh copied to the one that others lie on, whole on every device."""
     whole = replicated(_of(leaf) for leaf in jax.tree.leaves(others))

@@ -110,6 +110,8 @@ class Peft:
           {'a': (), 'b': (None, 'model')}
         """
         self._check_params(params)
+        if not _beside.on_a_mesh(_paths.leaves(params).values()):
+            return None  # nothing is traced for those who have one device
         fresh = lambda p: self._fresh(jax.random.key(0), p)
         return self._shardings(params, jax.eval_shape(fresh, params))
 

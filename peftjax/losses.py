@@ -6,13 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
+from peftjax._mesh_axes import ROWS, automatic
 from peftjax._one_pass import sum_in_one_pass, wide
 from peftjax._types import Array
-
-ROWS = ('data', 'fsdp')
-"""Axes of a mesh that split the rows of a batch, as of `sharding.batch_sharding`."""
 
 
 class Loss(NamedTuple):
@@ -181,9 +178,8 @@ _as_if.defvjp(lambda value, rounded: (value, rounded[:0]), _as_if_bwd)
 
 def _sharers(rows: tuple[int, ...]) -> int:
     """How many devices share the rows: on each, a chunk must be worth reading the head for."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    count = math.prod(mesh.shape[name] for name in ROWS if kinds.get(name) == AxisType.Auto)
+    sizes = automatic()
+    count = math.prod(sizes[name] for name in ROWS if name in sizes)
     return 1 if not rows or rows[0] % count else count
 
 

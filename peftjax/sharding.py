@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peftjax import _paths
 from peftjax._beside import replicated
+from peftjax._mesh_axes import ROWS
 from peftjax._quantized import Quantized
 from peftjax._rules import Rule as Rule
 from peftjax._rules import parts, spec_of
@@ -67,7 +68,7 @@ def by_path(rules: Sequence[Rule], mesh: Mesh, params: PyTree) -> PyTree:
     return _paths.replace(params, placed)
 
 
-def batch_sharding(mesh: Mesh, axes: Sequence[str] = ('data', 'fsdp')) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axes: Sequence[str] = ROWS) -> NamedSharding:
     """Splits the rows of a batch over those of some axes that the mesh has.
 
     Args:

@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from peftjax import sharding
+from peftjax._mesh_axes import AXES, ROWS
 from peftjax.cli._numbers import count
 
 ABOUT = (
@@ -26,7 +28,7 @@ def axes(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in text.split(','):
         name, _, size = part.strip().partition('=')
-        if name not in ('data', 'fsdp', 'model') or name in found:
+        if name not in AXES or name in found:
             raise argparse.ArgumentTypeError(
                 f'must be axes among data, fsdp and model, as data=4,model=2; got {text!r}'
             )
@@ -56,29 +58,37 @@ def mesh(sizes: dict[str, int]) -> Mesh | None:
         jax.config.update('jax_num_cpu_devices', wanted)
     if jax.device_count() < wanted:
         raise ValueError(
-            f'a mesh of {wanted} devices is wanted; JAX runs with {jax.device_count()}'
+            f'a mesh of {wanted} devices is wanted; JAX runs with {jax.device_count()}. Name '
+            'smaller axes, or start JAX with more devices'
         )
     kinds = (AxisType.Auto,) * len(sizes)
     devices = jax.devices()[:wanted]
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
-def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The mesh as the one that models compute on."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def check(options: argparse.Namespace, mesh: Mesh | None) -> None:
-    """Refuses a batch that cannot be dealt out evenly.
+@contextlib.contextmanager
+def entered(options: argparse.Namespace) -> Iterator[Mesh | None]:
+    """The mesh that options name, as the one that models compute on.
 
     Args:
-      options: with `batch` and `accumulate`.
-      mesh: over which.
+      options: with `mesh`, `batch` and `accumulate`.
+
+    Yields:
+      The mesh; None where none is named.
 
     Raises:
-      ValueError: a part of a batch has rows left over.
+      ValueError: there are not so many devices, or a part of a batch has rows left over.
     """
-    rows = 1 if mesh is None else rows_of(mesh)
+    found = mesh(axes(options.mesh) if options.mesh else {})
+    if found is None:
+        yield None
+        return
+    _check(options, rows_of(found))
+    with jax.set_mesh(found):
+        yield found
+
+
+def _check(options: argparse.Namespace, rows: int) -> None:
     if (options.batch // options.accumulate) % rows:
         parts = f' in {options.accumulate} parts' if options.accumulate > 1 else ''
         raise ValueError(
@@ -89,7 +99,7 @@ def check(options: argparse.Namespace, mesh: Mesh | None) -> None:
 
 def rows_of(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are dealt out."""
-    return math.prod(mesh.shape[axis] for axis in ('data', 'fsdp') if axis in mesh.axis_names)
+    return math.prod(mesh.shape[axis] for axis in ROWS if axis in mesh.axis_names)
 
 
 def dealt(batch: Any, mesh: Mesh | None, parts: int = 1) -> Any:

@@ -32,9 +32,7 @@ def run(options: argparse.Namespace) -> int:
         return language.run(options)
     _roads.settle(options, _roads.ENCODER, _roads.LANGUAGE)
     _accumulate.check(options)
-    mesh = _mesh.mesh(_mesh.axes(options.mesh) if options.mesh else {})
-    _mesh.check(options, mesh)
-    with _mesh.entered(mesh):
+    with _mesh.entered(options) as mesh:
         return _tune(options, mesh)
 
 

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from peftjax._mesh_axes import AXES
 from peftjax._rules import Rule, parts, spec_of
 from peftjax.models._compute import Compute
 from peftjax.models._config import EncoderConfig
@@ -14,10 +15,6 @@ from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._fill import ShardingOf
 from peftjax.models._load import Head, encoder_model, parameter_shapes
 from peftjax.models._load_decoder import decoder_shapes
-
-AXES = ('data', 'fsdp', 'model')
-"""Axes of a mesh that mean something. `data` splits batches. `model` splits each product. `fsdp`
-splits batches, and keeps a part of each weight, which is gathered where it is used."""
 
 BY_ROWS = P(('model', 'fsdp'), None)
 BY_INPUTS, BY_OUTPUTS = P('model', 'fsdp'), P('fsdp', 'model')

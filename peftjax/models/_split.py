@@ -3,10 +3,9 @@
 import math
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-BATCH = ('data', 'fsdp')
-"""Axes of a mesh that split batches."""
+from peftjax._mesh_axes import ROWS, automatic
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -22,8 +21,8 @@ def split_rows(x: jax.Array) -> jax.Array:
     Returns:
       The same.
     """
-    sizes = _automatic()
-    names = tuple(name for name in BATCH if name in sizes)
+    sizes = automatic()
+    names = tuple(name for name in ROWS if name in sizes)
     if not names or x.shape[0] % math.prod(sizes[name] for name in names):
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
@@ -42,15 +41,8 @@ def gathered_head(weight: jax.Array) -> jax.Array:
     Returns:
       The same, split by its vocabulary along `model` at most.
     """
-    sizes = _automatic()
+    sizes = automatic()
     if 'fsdp' not in sizes:
         return weight
     split = 'model' in sizes and weight.shape[1] % sizes['model'] == 0
     return jax.lax.with_sharding_constraint(weight, PartitionSpec(None, 'model' if split else None))
-
-
-def _automatic() -> dict[str, int]:
-    """The axes, of the mesh that is set, along which XLA decides where arrays lie."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}

@@ -15,9 +15,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _roads.settle(options, _roads.LANGUAGE, _roads.ENCODER)
     _accumulate.check(options)
-    mesh = _mesh.mesh(_mesh.axes(options.mesh) if options.mesh else {})
-    _mesh.check(options, mesh)
-    with _mesh.entered(mesh):
+    with _mesh.entered(options) as mesh:
         return _tune(options, mesh)
 
 
