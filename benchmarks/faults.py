@@ -89,6 +89,10 @@ CASES: dict[str, tuple[str, Case]] = {
         'the same on eight host devices, --mesh data=2,fsdp=2,model=2',
         lambda place, quick, seed: tune.killed(place, 1 if quick else 10, seed, *tune.MESH),
     ),
+    'processes': (
+        'the same in two processes of four devices each',
+        lambda place, quick, seed: tune.killed(place, 1 if quick else 10, seed, *tune.PROCESSES),
+    ),
 }
 
 

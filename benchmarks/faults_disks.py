@@ -146,30 +146,43 @@ def memory(place: pathlib.Path, megabytes: int) -> Count:
 def saving(place: pathlib.Path, how: str, megabytes: int) -> dict[str, float]:
     """What saving takes in memory and on the disk, in times of phi."""
     import jax
-    import jax.numpy as jnp
-    import optax
 
-    count = megabytes * 250_000  # of four bytes
-    params = {'kernel': jnp.ones((8, count // 8))}
-    apply = lambda params, x: x @ params['kernel']
-    x = jax.ShapeDtypeStruct((1, 8), jnp.float32)
-    peft = pj.attach(pj.Trainable(target='kernel'), apply, params, x)
-    phi = {'kernel': {'value': jnp.asarray(np.random.default_rng(0).random((8, count // 8), 'f4'))}}
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(phi))
-    state = pj.start(optax.sgd(0.1), phi, jax.random.key(0))
+    save(place / 'small', how, *made(8))  # what the first saving of all loads is not counted
+    peft, params, state = made(megabytes * 250_000)  # of four bytes
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.phi))
     jax.block_until_ready((params, state))  # until then no memory was taken
     before = status('VmRSS')
     pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
-    if how == 'adapter':
-        pj.save(place / 'saved', peft, state.phi, params=params)
-    else:
-        with pj.Checkpoints(place / 'saved', peft, params) as saved:
-            saved.save(state)
+    save(place / 'saved', how, peft, params, state)
     peak = status('VmHWM')
     files = sum(path.stat().st_size for path in (place / 'saved').rglob('*') if path.is_file())
     shutil.rmtree(place / 'saved')
     times = lambda count: round(count / size, 3)
     return {'phi_bytes': size, 'extra': times(peak - before), 'written': times(files)}
+
+
+def made(count: int) -> tuple[pj.Peft, Any, pj.TrainState]:
+    """A plan that trains all of theta, theta of so many numbers, and a state."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    params = {'kernel': jnp.ones((8, count // 8))}
+    x = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    method = pj.Trainable(target='kernel')
+    peft = pj.attach(method, lambda params, x: x @ params['kernel'], params, x)
+    values = np.random.default_rng(0).random((8, count // 8), 'f4')
+    phi = {'kernel': {'value': jnp.asarray(values)}}
+    return peft, params, pj.start(optax.sgd(0.1), phi, jax.random.key(0))
+
+
+def save(folder: pathlib.Path, how: str, peft: pj.Peft, params: Any, state: pj.TrainState) -> None:
+    """Saves phi in one of the two ways."""
+    if how == 'adapter':
+        pj.save(folder, peft, state.phi, params=params)
+        return
+    with pj.Checkpoints(folder, peft, params) as saved:
+        saved.save(state)
 
 
 def status(name: str) -> int:

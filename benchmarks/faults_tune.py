@@ -1,8 +1,10 @@
 """The default task of `peftjax tune`, killed at random moments and taken up each time."""
 
 import json
+import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ TASK = ('tune', '--shots', '10', '--eval-part', '0.1', '--evaluations', '4', '--
 """LoRA on MiniLM, eight epochs of ten messages of each of seven labels: 72 steps of eight."""
 
 MESH = ('--mesh', 'data=2,fsdp=2,model=2')
+PROCESSES = (*MESH, '--processes', '2')
 
 SAME = ('options.toml', 'loss.png', 'adapter/adapter.json')
 """Files that must have the same bytes. Orbax gives its files names of their own and writes times
@@ -29,7 +32,7 @@ def killed(place: pathlib.Path, kills: int, seed: int, *more: str) -> Count:
     since = time.monotonic()
     finish(start(place, place / 'unbroken', *more))
     whole, training = time.monotonic() - since, rows(place / 'unbroken')[-1]['seconds']
-    draw, moments, out = random.Random(seed), [], place / 'killed'
+    draw, moments, killed_are, out = random.Random(seed), [], [], place / 'killed'
     steps = max(row['step'] for row in rows(place / 'unbroken'))
     for step in sorted(draw.sample(range(steps - 5), kills)):
         child = start(place, out, *more)
@@ -38,12 +41,15 @@ def killed(place: pathlib.Path, kills: int, seed: int, *more: str) -> Count:
             time.sleep(draw.uniform(0, 3 * training / steps))
         else:
             time.sleep(draw.uniform(0, whole / 2))
-        child.kill()
-        finish(child, killed=True)
+        killed_are.append(kill(child, draw))
         moments.append(max((row['step'] for row in rows(out)), default=0))
     finish(start(place, out, *more))
     different = compare(place / 'unbroken/run', out / 'run')
-    seen = {'seconds_unbroken': round(whole, 1), 'killed_after_steps': moments}
+    seen = {
+        'seconds_unbroken': round(whole, 1),
+        'killed_after_steps': moments,
+        'killed': killed_are,
+    }
     return Count(0 if different else len(moments), kills, {**seen, 'different': different})
 
 
@@ -53,18 +59,37 @@ def start(place: pathlib.Path, home: pathlib.Path, *more: str) -> subprocess.Pop
     command = [sys.executable, '-m', 'peftjax', *TASK, *more, '--out', 'run', '--resume']
     with (home / 'said.txt').open('a') as said:
         return subprocess.Popen(
-            command, cwd=home, env=environment(place), stdout=said, stderr=subprocess.STDOUT
-        )
+            command, cwd=home, env=environment(place), stdout=said, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
 
 
-def finish(child: subprocess.Popen, killed: bool = False) -> None:
+def finish(child: subprocess.Popen, *codes: int) -> None:
     """Waits for the end.
 
     Raises:
-      RuntimeError: it is another than it should be.
+      RuntimeError: it is another than it should be: 0, if nothing else is said.
     """
-    if (code := child.wait(LIMIT)) != (-9 if killed else 0):
+    if (code := child.wait(LIMIT)) not in (codes or (0,)):
         raise RuntimeError(f'{child.args} ended with {code}')
+
+
+def kill(child: subprocess.Popen, draw: random.Random) -> str:
+    """Kills the command, one of the processes that it has started, or all of them at once.
+
+    Returns:
+      What was killed.
+    """
+    file = pathlib.Path(f'/proc/{child.pid}/task/{child.pid}/children')
+    started = [int(word) for word in file.read_text().split()] if file.exists() else []
+    victim = draw.randrange(-1 - bool(started), len(started))
+    if victim < 0:
+        os.killpg(child.pid, signal.SIGKILL) if victim == -2 else child.kill()
+        finish(child, -signal.SIGKILL)
+        return 'all' if victim == -2 else 'the command'
+    os.kill(started[victim], signal.SIGKILL)
+    finish(child, 128 + signal.SIGKILL, 128 + signal.SIGABRT)  # the other's end may be seen first
+    return f'process {victim}'
 
 
 def rows(home: pathlib.Path) -> list[dict]:

@@ -51,28 +51,34 @@ def main() -> None:
     rates = tuple(map(float, options.rates.split(','))) if options.rates else ()
     head_rates = tuple(map(float, options.head_rates.split(',')))
     task = load_task('', train.names, 64)
-    for seed in map(int, options.seeds.split(',')):
-        picked = data.shot_indices(train, options.shots, seed)
-        rest = np.setdiff1d(np.arange(len(train)), picked)
-        held = np.random.default_rng(seed).permutation(rest)[: options.held]
-        few, held = train.take(picked), train.take(held)
-        tokens, held_tokens = task.encode(few.texts), task.encode(held.texts)
-        for name in options.methods.split(','):
-            for rate, head_rate in itertools.product(rates or GRID[name], head_rates):
-                settings = Settings(options.epochs, options.batch, rate=rate, head_rate=head_rate)
-                steps = step_count(len(few), settings)
-                fitter = Fitter(task, RECIPES[name], settings, tokens.input_ids.shape[1], steps)
+    splits = {seed: split(train, options, seed) for seed in map(int, options.seeds.split(','))}
+    tokens = {seed: [task.encode(part.texts) for part in parts] for seed, parts in splits.items()}
+    longest = max(few.input_ids.shape[1] for few, _ in tokens.values())
+    steps = step_count(len(splits[min(splits)][0]), Settings(options.epochs, options.batch))
+    for name in options.methods.split(','):
+        for rate, head_rate in itertools.product(rates or GRID[name], head_rates):
+            settings = Settings(options.epochs, options.batch, rate=rate, head_rate=head_rate)
+            fitter = Fitter(task, RECIPES[name], settings, longest, steps)
+            for seed, (few, held) in splits.items():
+                few_tokens, held_tokens = tokens[seed]
+                batches = fitter.batches(few_tokens, few.labels, seed)
                 watch = Watch(name, fitter.rates, progress(steps))
-                batches = fitter.batches(tokens, few.labels, seed)
-                fitted = fitter.fit((tokens, few.labels), fitter.start(seed), batches, watch)
-                right = fitter.logits(fitted.phi, held_tokens).argmax(-1) == held.labels
+                fitted = fitter.fit((few_tokens, few.labels), fitter.start(seed), batches, watch)
+                accuracy = fitter.accuracy(fitted.phi, held_tokens, held.labels)
                 row = {'method': name, 'rate': rate, 'head_rate': head_rate, 'seed': seed}
-                row |= {
-                    'epochs': options.epochs,
-                    'batch': options.batch,
-                    'accuracy': round(100 * float(right.mean()), 2),
-                }
-                print(json.dumps(row | {'data': options.data or ''}), flush=True)
+                row |= {'epochs': options.epochs, 'batch': options.batch}
+                row |= {'accuracy': round(accuracy, 2), 'data': options.data or ''}
+                print(json.dumps(row), flush=True)
+
+
+def split(
+    train: data.Examples, options: argparse.Namespace, seed: int
+) -> tuple[data.Examples, data.Examples]:
+    """A few examples of each label, and others to validate on."""
+    picked = data.shot_indices(train, options.shots, seed)
+    rest = np.setdiff1d(np.arange(len(train)), picked)
+    held = np.random.default_rng(seed).permutation(rest)[: options.held]
+    return train.take(picked), train.take(held)
 
 
 if __name__ == '__main__':

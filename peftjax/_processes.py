@@ -13,9 +13,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
+class ElsewhereError(RuntimeError):
+    """The first process could not do something that the others wait for."""
+
+
 def several() -> bool:
     """Whether there are more processes than this one."""
     return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that changes folders and speaks."""
+    return jax.process_index() == 0
 
 
 def meet(where: str) -> None:
@@ -35,22 +44,27 @@ def led(what: str, do: Callable[[], Any]) -> Any:
       What `do` gives; None in the others.
 
     Raises:
-      RuntimeError: in the others, where `do` raised in the first, as it does there.
+      ElsewhereError: in the others, where `do` raised in the first, as it does there.
     """
     if not several():
         return do()
     result, error = None, None
-    if jax.process_index() == 0:
+    if first():
         try:
             result = do()
         except BaseException as raised:  # raised again, once the others know
             error = raised
-    failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(error is not None)))
+    failed = told(error is not None)
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(f'the first process could not {what}; its own error says why')
+        raise ElsewhereError(f'the first process could not {what}; its own error says why')
     return result
+
+
+def told(said: bool) -> bool:
+    """What the first process says; all processes must ask."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(said))) if several() else said
 
 
 def agreed(step: int) -> bool:

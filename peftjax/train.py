@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from peftjax._beside import beside
+from peftjax._beside import beside, on_a_mesh
 from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.losses import Loss
@@ -134,7 +134,6 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
     if accumulate > 1:
         gradient = _accumulated(gradient, accumulate)
 
-    @functools.partial(jax.jit, donate_argnums=1)
     def step(params: PyTree, state: TrainState, batch: Any) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(state.key, state.step)
         found, grads = gradient(params, state.phi, batch, key)
@@ -149,7 +148,42 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
         skipped = state.skipped + (~good).astype(jnp.int32)
         return TrainState(phi, opt_state, state.step + 1, state.key, skipped, state.best), loss
 
-    return step
+    return _Jitted(step)
+
+
+class _Jitted:
+    """A step as a program, which leaves each array of the state where it lay.
+
+    Of results of which nothing is said, XLA decides where on a mesh they lie; where it moves one,
+    the next step would be compiled again.
+    """
+
+    def __init__(self, step: Step):
+        self._step = step
+        self._jit = functools.partial(jax.jit, step, donate_argnums=1)
+        self._plain, self._staying = self._jit(), {}
+        functools.update_wrapper(self, step)
+
+    def __call__(self, params: PyTree, state: TrainState, batch: Any) -> tuple[TrainState, Array]:
+        """The next state, and the loss."""
+        return self._for(state)(params, state, batch)
+
+    def lower(self, params: PyTree, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """As of what `jax.jit` makes."""
+        return self._for(state).lower(params, state, batch)
+
+    def trace(self, params: PyTree, state: TrainState, batch: Any) -> jax.stages.Traced:
+        """As of what `jax.jit` makes."""
+        return self._for(state).trace(params, state, batch)
+
+    def _for(self, state: TrainState) -> Any:
+        leaves, tree = jax.tree.flatten(state)
+        if not on_a_mesh(leaves[:1]):  # all lie on the mesh that phi lies on: `start` sees to it
+            return self._plain
+        where = tuple(leaf.sharding if on_a_mesh([leaf]) else None for leaf in leaves)
+        if where not in self._staying:
+            self._staying[where] = self._jit(out_shardings=(tree.unflatten(where), None))
+        return self._staying[where]
 
 
 Gradient = Callable[[PyTree, Phi, Any, Array], tuple[Loss, Phi]]

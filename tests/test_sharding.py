@@ -414,3 +414,22 @@ def test_rules_over_quantized_leaves():
     peft = pj.attach(pj.Lora(rank=2, target='kernel'), apply, params, normal(1, 4, 16))
     found = jax.tree.map(lambda s: tuple(s.spec), peft.shardings(there))
     assert found == {'kernel': {'a': ('data',), 'b': (None, 'model')}}
+
+
+def test_a_step_leaves_phi_where_it_lay():
+    """Also where the partitioner would have it elsewhere: else the second step compiled again."""
+    mesh = mesh_of(fsdp=2, model=2, data=2)
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion('standard'):
+        params = {'kernel': jax.device_put(normal(0, 8, 8), NamedSharding(mesh, P(None, 'model')))}
+        x = jax.device_put(normal(1, 8, 8), pj.sharding.batch_sharding(mesh))
+        model = lambda params, x: x @ params['kernel']
+        peft = pj.attach(pj.Lora(rank=2, target='kernel'), model, params, x)
+        whole = NamedSharding(mesh, P())  # where a quantized weight's is, if its blocks are uneven
+        phi = jax.device_put(peft.init(jax.random.key(0), params), whole)
+        forward, tx = peft.wrap(model), optax.adam(1e-2)
+        step = pj.train_step(lambda p, phi, x, key: (forward(p, phi, x) ** 2).mean(), tx)
+        state = pj.start(tx, phi, jax.random.key(1))
+        for _ in range(2):
+            where = jax.tree.map(lambda leaf: leaf.sharding, state)
+            state, _ = step(params, state, x)
+            assert jax.tree.map(lambda leaf: leaf.sharding, state) == where

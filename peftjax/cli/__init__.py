@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from peftjax._processes import ElsewhereError
+from peftjax.cli import _distributed
 from peftjax.cli._options import parse
 from peftjax.cli._wording import told
 
@@ -27,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: with 0 after `--help`, with 2 where the arguments make no sense.
     """
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    options = parse(typed)
+    if _distributed.is_launch(options):
+        return _distributed.launch(typed, options.processes)
     try:
         command = importlib.import_module(f'peftjax.cli._{options.command}')
         importlib.import_module('peftjax.cli._opened').check_model(getattr(options, 'model', None))
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is still to be flushed at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ElsewhereError) as error:
         print(f'peftjax {options.command}: error: {told(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from typing import Any
 from peftjax.cli import _whole
 
 FILE = 'options.toml'
-UNSAID = ('command', 'config', 'overwrite', 'resume')
+UNSAID = ('command', 'config', 'overwrite', 'resume', 'coordinator', 'process')
 """What a written file leaves out: how a run was asked for, and what became of an earlier one."""
 
 

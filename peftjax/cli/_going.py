@@ -3,18 +3,20 @@
 import argparse
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import peftjax as pj
-from peftjax.cli import _config, _metrics, _output, _run_folder
+from peftjax import _processes
+from peftjax.cli import _config, _metrics, _output, _plot, _run_folder
 from peftjax.cli._loop import Saving
 from peftjax.cli._terminal import progress, say
 from peftjax.cli._watch import Watch
 
 FREE = {
     *_config.UNSAID, 'out', 'model', 'train', 'test', 'eval_data', 'eval_part', 'evaluations',
-    'tensorboard', 'save_every', 'remat', 'mesh',
+    'tensorboard', 'save_every', 'remat', 'mesh', 'processes',
 }  # fmt: skip
 """Options that may be others when a run goes on: they do not say what is computed, or it is known
 from elsewhere, as the weights are and the rows that are trained on."""
@@ -33,9 +35,9 @@ class Place(NamedTuple):
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do, which is said."""
-        if not self.begun or not _run_folder.is_finished(self.out):
+        if not _processes.told(self.begun and _run_folder.is_finished(self.out)):
             return False
-        _run_folder.finish(self.out)
+        finish(self)
         say(f'{self.out} has come to its end: there is nothing to go on with')
         return True
 
@@ -52,8 +54,16 @@ def place(options: argparse.Namespace) -> Place:
     Raises:
       OSError: it is taken, or no folder can be made there.
     """
-    begun = options.resume and _run_folder.is_begun(pathlib.Path(options.out))
-    return Place(_output.check_free(options.out, options.overwrite or begun), begun)
+    out = pathlib.Path(options.out)
+    begun = _processes.told(options.resume and _run_folder.is_begun(out))
+    replace = options.overwrite or begun
+    _processes.led('use the folder of the run', lambda: _output.check_free(out, replace))
+    return Place(out, begun)
+
+
+def finish(place: Place) -> None:
+    """Removes what the run would be taken up again from."""
+    _processes.led('clear up the folder of the run', lambda: _run_folder.finish(place.out))
 
 
 class Going(NamedTuple):
@@ -63,13 +73,13 @@ class Going(NamedTuple):
       state: to begin with.
       watch: what measures and shows.
       saving: where states are kept.
-      metrics: what was measured.
+      draw: writes the picture of the losses, given its title and what a loss is the mean of.
     """
 
     state: pj.TrainState
     watch: Watch
     saving: Saving
-    metrics: _metrics.Metrics
+    draw: Callable[[str, str], None]
 
 
 @contextlib.contextmanager
@@ -95,16 +105,20 @@ def going(
       ValueError: it is another run.
     """
     if not place.begun:
-        _run_folder.clear(place.out)
+        _processes.led('clear the folder of the run', lambda: _run_folder.clear(place.out))
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     folder = place.out / _run_folder.CHECKPOINTS
     with pj.Checkpoints(folder, fitter.peft, fitter.task.params, settings=settings) as checkpoints:
         state = checkpoints.resume(fitter.start(options.seed), batches)
-        _config.write(place.out / _config.FILE, options)  # not those of a run that was refused
+        write = partial(_config.write, place.out / _config.FILE, options)
+        _processes.led('write the options', write)  # not those of a run that was refused
         after = int(state.step) or None
         if after is not None:
             say(f'goes on after step {after}')
-        with _metrics.Metrics(place.out, board, after) as metrics, progress(steps) as bar:
+        out = place.out if _processes.first() else None
+        with _metrics.Metrics(out, board, after) as metrics, progress(steps) as bar:
             bar.set_description(options.method)
             watch = Watch(options.method, fitter.rates, bar, metrics)
-            yield Going(state, watch, Saving(checkpoints, options.save_every), metrics)
+            picture = partial(_plot.draw, place.out / _plot.FILE, metrics.rows)
+            draw = lambda *how: _processes.led('draw the losses', lambda: picture(*how))
+            yield Going(state, watch, Saving(checkpoints, options.save_every), draw)

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from peftjax import sharding
+from peftjax import _processes, sharding
 from peftjax._mesh_axes import AXES, ROWS
+from peftjax.cli import _distributed
 from peftjax.cli._numbers import count
 
 ABOUT = (
@@ -49,7 +50,7 @@ def mesh(sizes: dict[str, int]) -> Mesh | None:
       sizes: by axis; none for no mesh.
 
     Raises:
-      ValueError: there are not so many devices.
+      ValueError: there are not so many devices, or more, but in several processes.
     """
     if not sizes:
         return None
@@ -61,6 +62,11 @@ def mesh(sizes: dict[str, int]) -> Mesh | None:
             f'a mesh of {wanted} devices is wanted; JAX runs with {jax.device_count()}. Name '
             'smaller axes, or start JAX with more devices'
         )
+    if _processes.several() and jax.device_count() > wanted:
+        raise ValueError(
+            f'several processes compute on all their devices, {jax.device_count()}; the mesh names '
+            f'{wanted}'
+        )
     kinds = (AxisType.Auto,) * len(sizes)
     devices = jax.devices()[:wanted]
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
@@ -71,7 +77,7 @@ def entered(options: argparse.Namespace) -> Iterator[Mesh | None]:
     """The mesh that options name, as the one that models compute on.
 
     Args:
-      options: with `mesh`, `batch` and `accumulate`.
+      options: with `mesh`, `batch`, `accumulate`, and what `_distributed` adds.
 
     Yields:
       The mesh; None where none is named.
@@ -79,13 +85,15 @@ def entered(options: argparse.Namespace) -> Iterator[Mesh | None]:
     Raises:
       ValueError: there are not so many devices, or a part of a batch has rows left over.
     """
-    found = mesh(axes(options.mesh) if options.mesh else {})
-    if found is None:
-        yield None
-        return
-    _check(options, rows_of(found))
-    with jax.set_mesh(found):
-        yield found
+    sizes = axes(options.mesh) if options.mesh else {}
+    with _distributed.joined(options, math.prod(sizes.values()) if sizes else 0):
+        found = mesh(sizes)
+        if found is None:
+            yield None
+            return
+        _check(options, rows_of(found))
+        with jax.set_mesh(found):
+            yield found
 
 
 def _check(options: argparse.Namespace, rows: int) -> None:
@@ -114,4 +122,4 @@ def dealt(batch: Any, mesh: Mesh | None, parts: int = 1) -> Any:
         return batch
     rows = sharding.batch_sharding(mesh)
     where = rows if parts == 1 else NamedSharding(mesh, PartitionSpec(None, *rows.spec))
-    return jax.device_put(batch, where)
+    return jax.tree.map(lambda array: _processes.put(array, where), batch)

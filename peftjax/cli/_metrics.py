@@ -16,7 +16,7 @@ class Metrics:
     """A file with a line of JSON for each step and each evaluation, and TensorBoard if asked.
 
     Args:
-      out: the folder of the run, which is there.
+      out: the folder of the run, which is there; None writes nothing.
       board: as from `board`, or None.
       after: the step that a run goes on from: what is in the file up to there stays. None begins
         the file.
@@ -25,9 +25,14 @@ class Metrics:
       rows: all that was written.
     """
 
-    def __init__(self, out: pathlib.Path, board: Any = None, after: int | None = None):
+    def __init__(self, out: pathlib.Path | None, board: Any = None, after: int | None = None):
+        self.rows: list[dict[str, Any]] = []
+        self._file = self._board = None
+        if out is None:
+            return
         path = out / FILE
-        self.rows = [] if after is None else [row for row in _read(path) if row['step'] <= after]
+        if after is not None:
+            self.rows = [row for row in _read(path) if row['step'] <= after]
         _whole.write(path, ''.join(f'{json.dumps(row)}\n' for row in self.rows))
         self._file = path.open('a', encoding='utf-8', buffering=1)
         again = {} if after is None else {'purge_step': after + 1}
@@ -39,14 +44,16 @@ class Metrics:
 
     def __exit__(self, *exception: object) -> None:
         """Closes what is open."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes what is known after so many steps."""
         self.rows.append({'step': step, **values})
-        self._file.write(json.dumps(self.rows[-1]) + '\n')
+        if self._file is not None:
+            self._file.write(json.dumps(self.rows[-1]) + '\n')
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -15,6 +15,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def place(text: str) -> int:
+    """A whole number from 0 up.
+
+    Raises:
+      ArgumentTypeError: it is another text.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be a whole number from 0 up; got {text!r}')
+    return int(text)
+
+
 def positive(text: str) -> float:
     """A number above 0; a whole one stays one.
 

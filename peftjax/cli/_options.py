@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from peftjax.cli import _config, _folder_options, _mesh, _method_options
+from peftjax.cli import _config, _distributed, _folder_options, _mesh, _method_options
 from peftjax.cli._numbers import count, part, positive, seed
 from peftjax.cli.language import _options as language
 
@@ -116,6 +116,7 @@ def _tune(commands: Any) -> None:
     _switch(sub, '--resume', 'go on with the run in --out where it was cut off')
     _switch(sub, '--tensorboard', 'write for TensorBoard too')
     _method_options.add(sub)
+    _distributed.add(sub)
     _tune_encoder(sub)
     language.add_tune(sub, count)
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from peftjax import data, models
+from peftjax import _processes, data, models
 from peftjax.losses import Loss
 from peftjax.models._checkpoint import read_json
 
@@ -77,7 +77,7 @@ class Task:
         none, found = np.zeros(len(order), np.int32), []
         for index in data.in_order(len(order), EVALUATE):
             batch = self.batch(tokens, none, order[index], EVALUATE)
-            found.append(np.asarray(program(batch))[: len(index)])
+            found.append(_processes.whole(program(batch))[: len(index)])
         return np.concatenate(found)[np.argsort(order)]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from peftjax import data, models
-from peftjax.cli import _accumulate, _going, _mesh, _metrics, _plot, _roads, _run_folder, _saved
+from peftjax.cli import _accumulate, _going, _mesh, _metrics, _roads, _run_folder, _saved
 from peftjax.cli._examples import labelled, read
 from peftjax.cli._fit import Fitter, Settings, step_count
 from peftjax.cli._held import split
@@ -64,10 +64,9 @@ def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     with _going.going(place, fitter, batches, shown, options, board) as run:
         fitted = fitter.fit(examples, run.state, batches, run.watch, evaluation, run.saving)
         if fitted.steps:
-            title = f'{recipe.name}, {options.train or "the shipped messages"}'
-            _plot.draw(place.out / _plot.FILE, run.metrics.rows, title, 'example')
+            run.draw(f'{recipe.name}, {options.train or "the shipped messages"}', 'example')
         _saved.save(place.out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=False)
-    _run_folder.finish(place.out)
+    _going.finish(place)
     say(f'{fitted.steps} steps in {fitted.seconds:.1f} s; written to {place.out}')
     if parts.test is not None:
         accuracy = fitter.accuracy(fitted.phi, task.encode(parts.test.texts), parts.test.labels)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from peftjax import _processes
 from peftjax.models._checkpoint import Checkpoint
 from peftjax.models._names import Naming, Source, source, stored_names
 
@@ -124,7 +125,8 @@ def fill(
         where = sharding(path) if sharding else None
         if path in plan.fresh:
             assert draw is not None
-            value = jax.device_put(draw(path, shape), where)
+            value = draw(path, shape)
+            value = value if where is None else _processes.put(value, where)
         else:
             value = _place(plan, path, shape, where)
         insert(params, path, value)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax import _manifest, _safetensors
+from peftjax import _manifest, _processes, _safetensors
 from peftjax._manifest import CheckpointError
 from peftjax._quantized import Quantized, Scheme
 from peftjax._shapes import differences
@@ -179,5 +179,9 @@ def put(leaf: Any, where: jax.sharding.Sharding | None, *, may_alias: bool = Tru
       The leaf there.
     """
     if isinstance(leaf, Quantized) and isinstance(where, jax.sharding.NamedSharding):
-        return jax.device_put(leaf, leaf.shardings(where), may_alias=may_alias)
-    return jax.device_put(leaf, where, may_alias=may_alias)
+        places = leaf.shardings(where)
+    else:
+        places = jax.tree.map(lambda _: where, leaf)
+    if where is not None and not where.is_fully_addressable:
+        return jax.tree.map(_processes.put, leaf, places)
+    return jax.device_put(leaf, places, may_alias=may_alias)

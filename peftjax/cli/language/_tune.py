@@ -5,7 +5,7 @@ import argparse
 from jax.sharding import Mesh
 
 from peftjax import models
-from peftjax.cli import _accumulate, _going, _mesh, _metrics, _plot, _report, _roads, _run_folder
+from peftjax.cli import _accumulate, _going, _mesh, _metrics, _report, _roads
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _data, _recipes, _saved, _task
 from peftjax.cli.language._fit import Fitted, Fitter, Settings
@@ -39,10 +39,9 @@ def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     batches, times = fitter.batches(split.train, options.seed), options.evaluations
     with _going.going(place, fitter, batches, settings.steps, options, board) as run:
         fitted = fitter.fit(split, run.state, batches, times, run.watch, run.saving)
-        title = f'{recipe.name}, {options.train}'
-        _plot.draw(place.out / _plot.FILE, run.metrics.rows, title, 'token')
+        run.draw(f'{recipe.name}, {options.train}', 'token')
         _saved.save(place.out, task, fitter.peft, fitted, recipe, settings, options.seed)
-    _run_folder.finish(place.out)
+    _going.finish(place)
     say(_end(fitted, settings))
     say(f'written to {place.out}')
     return 0
