@@ -28,7 +28,7 @@ class _SelfAttention(nn.Module):
             return checkpoint_name(y.reshape(*x.shape[:-1], *heads), name)
 
         query, key, value = project('query'), project('key'), project('value')
-        attend = plain_attention if self.compute.attention == 'plain' else attention
+        attend = attention if self.compute.fused else plain_attention
         rate = 0.0 if deterministic else config.attention_probs_dropout_prob
         kept = None
         if rate:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-AttentionForm = Literal['fused', 'plain']
+AttentionForm = Literal['auto', 'fused', 'plain']
 
 SAVED = ('query', 'key', 'value', 'gate', 'up', 'attention_output', 'mlp_output')
 """What a gradient keeps of each block unless told otherwise: results of large products. What lies
@@ -22,23 +22,26 @@ class Compute:
         axis (`encoder/layer`, `model/layers`). False: unrolled blocks `encoder/layer/0`, ….
       dtype: dtype of activations and products. Softmax, norms and GELU are float32 inside.
       param_dtype: dtype of freshly initialized parameters.
-      attention: `'fused'`, or `'plain'` for code that needs forward-mode derivatives (`jax.jvp`);
-        on an NVIDIA GPU in half precision, where cuDNN serves a decoder, also second ones.
+      attention: `'plain'` is written as the formula is, for code that needs forward-mode
+        derivatives (`jax.jvp`). `'fused'` is cuDNN's kernel where it serves a decoder, on an NVIDIA
+        GPU in half precision, which has first derivatives alone, and elsewhere a form whose
+        backward pass is written by hand. `'auto'` takes that form only where it was measured to be
+        no slower than the plain one, which is on CPUs, and the plain one elsewhere.
       save: names of values; a gradient keeps only those of each block and computes the rest again.
         None keeps whatever the gradient needs.
 
     Raises:
-      ValueError: `attention` is neither.
+      ValueError: `attention` is none of these.
 
     Example:
       >>> Compute(scan_layers=False).attention
-      'fused'
+      'auto'
     """
 
     scan_layers: bool = True
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
-    attention: AttentionForm = 'fused'
+    attention: AttentionForm = 'auto'
     save: tuple[str, ...] | None = SAVED
 
     def __post_init__(self):
@@ -46,3 +49,9 @@ class Compute:
             raise ValueError(
                 f'attention must be one of {get_args(AttentionForm)}, got {self.attention!r}.'
             )
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention that no kernel serves takes the hand-written backward pass."""
+        measured = jax.default_backend() == 'cpu'
+        return self.attention == 'fused' or (self.attention == 'auto' and measured)

@@ -117,7 +117,7 @@ def attend(
         return kernel_attention(query, key, value, sight, shape.scale)
     mask = causal_mask(query.shape[1], sight.window) if sight.mask is None else sight.mask
     form = functools.partial(attention, scale=shape.scale)
-    if shape.soft_cap is not None or compute.attention == 'plain':
+    if shape.soft_cap is not None or not compute.fused:
         form = functools.partial(plain_attention, scale=shape.scale, soft_cap=shape.soft_cap)
     if sight.causal:
         return causal_attention(form, query, key, value, mask, sight.window)

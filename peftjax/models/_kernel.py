@@ -82,10 +82,12 @@ def keep(shape: Attention, compute: Compute) -> Callable[..., Any]:
     """
     names = compute.save or ()
     named = jax.checkpoint_policies.save_only_these_names
-    if 'context' not in names or compute.attention == 'plain' or shape.soft_cap is not None:
+    kernel = _fits(shape, compute, compute.dtype)
+    own = kernel or (compute.fused and shape.soft_cap is None)
+    if 'context' not in names or not own:
         return named(*names)
     others = [name for name in names if name != 'context']
-    if not _fits(shape, compute, compute.dtype):
+    if not kernel:
         return named(*others, MIXED)
     others = named(*others)
 

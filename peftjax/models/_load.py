@@ -44,7 +44,7 @@ def load_encoder(
     key: jax.Array | None = None,
     scan_layers: bool = True,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    attention: AttentionForm = 'fused',
+    attention: AttentionForm = 'auto',
     save: tuple[str, ...] | None = SAVED,
     sharding: ShardingOf | None = None,
 ) -> Loaded:

@@ -48,7 +48,7 @@ def load_decoder(
     scan_layers: bool = True,
     dtype: jax.typing.DTypeLike = jnp.float32,
     remat: Remat = 'names',
-    attention: AttentionForm = 'fused',
+    attention: AttentionForm = 'auto',
     sharding: ShardingOf | None = None,
     scheme: Scheme | None = None,
     target: Target | None = None,

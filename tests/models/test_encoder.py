@@ -176,3 +176,14 @@ def test_models_are_hashable_and_can_be_jitted():
 def test_the_form_of_attention_is_checked():
     with pytest.raises(ValueError, match="attention must be one of .*'flash'"):
         Compute(attention='flash')
+
+
+def test_the_hand_written_form_is_taken_where_it_was_measured(monkeypatch):
+    def forms(**how):
+        model = SequenceClassifier(CONFIG, Compute(**how))
+        params = model.init(jax.random.key(0), IDS)['params']
+        return 'custom_vjp' in str(jax.make_jaxpr(model.apply_fn)(params, IDS))
+
+    assert forms() and forms(attention='fused') and not forms(attention='plain')
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+    assert not forms() and forms(attention='fused')
