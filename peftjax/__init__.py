@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any JAX function."""
 
+from peftjax import arithmetic as arithmetic
 from peftjax import hf as hf
 from peftjax import sharding as sharding
 from peftjax._attach import attach as attach
