@@ -56,6 +56,8 @@ from peftjax.methods import PrefixTuning as PrefixTuning
 from peftjax.methods import PromptTuning as PromptTuning
 from peftjax.methods import Trainable as Trainable
 from peftjax.methods import TrainableTokens as TrainableTokens
+from peftjax.mixed import Rows as Rows
+from peftjax.mixed import mixed as mixed
 from peftjax.optim import chain_optimizer as chain_optimizer
 from peftjax.optim import lora_plus as lora_plus
 from peftjax.optim import masked_optimizer as masked_optimizer

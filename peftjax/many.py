@@ -152,15 +152,17 @@ def size(stacked: PyTree) -> int:
     Raises:
       ValueError: its arrays do not say so alike.
     """
-    counts = {path: shape[0] if shape else None for path, (shape, _) in _kinds(stacked).items()}
-    if len(set(counts.values())) != 1 or None in counts.values():
-        odd = {count: path for path, count in counts.items()}
-        said = ', '.join(f'{count} at {path!r}' for count, path in odd.items())
+    counts: dict[int | None, Path] = {}
+    for path, (shape, _) in _kinds(stacked).items():
+        counts.setdefault(shape[0] if shape else None, path)
+    first = next(iter(counts), None)
+    if len(counts) > 1 or first is None:
+        said = ', '.join(f'{count} at {path!r}' for count, path in counts.items())
         raise ValueError(
             f'the arrays of a stack have one first axis in common; got {said or "no arrays"}. Make '
             'it by pj.stack'
         )
-    return next(iter(counts.values()))
+    return first
 
 
 Kind = tuple[tuple[int, ...], str]
