@@ -61,7 +61,7 @@ def mixed(
 
     Raises (when traced):
       ValueError: an argument has not as many rows as the index, or a result has none.
-      TypeError: the index is not one of integers.
+      TypeError: it is not given `Rows`, or their index is not one of integers.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -114,9 +114,8 @@ class MixedForward:
         **kwargs: Any,
     ) -> PyTree:
         """The wrapped function, each row with its phi."""
-        phis, index = rows
-        own = _gathered(phis, _checked(index))
-        count = index.shape[0]
+        phis, index = _checked(rows)
+        own, count = _gathered(phis, index), index.shape[0]
         leaves, structure = jax.tree.flatten((args, kwargs))
         axes = self._axes(args, kwargs, count)
         places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -177,13 +176,19 @@ class MixedForward:
         return jax.tree.unflatten(jax.tree.structure(out), found)
 
 
-def _checked(index: Array) -> Array:
+def _checked(rows: Rows) -> Rows:
+    if not isinstance(rows, Rows):
+        raise TypeError(
+            'a mixed forward takes pj.Rows(phis, index), a stack of phi and the place of each '
+            f"row's; got {type(rows).__name__}"
+        )
+    index = rows.index
     if not jnp.issubdtype(jnp.result_type(index), jnp.integer) or jnp.ndim(index) != 1:
         raise TypeError(
             f'the index of a mixed batch is int (rows,); got {jnp.result_type(index)} of shape '
             f'{jnp.shape(index)}'
         )
-    return index
+    return rows
 
 
 def _gathered(phis: Phi, index: Array) -> Phi:

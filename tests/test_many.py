@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from compiled import compiled
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from zoo import normal
 
 import peftjax as pj
@@ -67,6 +69,7 @@ def close(one, other, tolerance=1e-6):
     jax.tree.map(each, one, other)
 
 
+KEYS = jax.random.split(jax.random.key(7), 3)
 BATCHES = list(zip(X, Y, strict=True))
 
 
@@ -173,6 +176,30 @@ def test_theta_is_held_once():
     for count in (2, 8):
         want = held(PARAMS) + held(BATCHES[0]) + count * held(state)
         assert abs(arguments(count) - want) < 64
+
+
+def test_a_stack_lies_along_theta():
+    """On a mesh, with the numbers of one device; rows of a mixed batch are split as any batch."""
+    mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+    rules = (('up/kernel', P('model', None)), ('down/kernel', P(None, 'model')))
+    there = jax.device_put(PARAMS, pj.sharding.by_path(rules, mesh, PARAMS))
+    rows = pj.sharding.batch_sharding(mesh)
+    index = jnp.arange(ROWS) % 3
+
+    def run(params, put):
+        states = [pj.start(TX, PEFT.init(key, params), key) for key in KEYS]
+        batches = [(put(x), put(y)) for x, y in BATCHES[:3]]
+        together, losses = trained(many(), params, pj.stack(states), batches)
+        forward = jax.jit(pj.mixed(PEFT, model))
+        return together.phi, losses, forward(params, pj.Rows(together.phi, put(index)), put(X[0]))
+
+    alone = run(PARAMS, lambda x: x)
+    with jax.set_mesh(mesh):
+        found = run(there, lambda x: jax.device_put(x, rows))
+    close(jax.device_get(found), jax.device_get(alone))
+    assert found[0]['up/kernel']['a'].sharding.spec == P(None, 'model')
+    assert found[0]['down/kernel']['b'].sharding.spec == P(None, None, 'model')
+    assert found[2].sharding.spec[0] == 'data'
 
 
 # Stacks -------------------------------------------------------------------------------------------

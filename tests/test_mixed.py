@@ -288,6 +288,7 @@ def test_what_is_no_mixed_batch():
           lambda: forward(params, rows._replace(index=INDEX[None]), inputs), TypeError)  # fmt: skip
     other = pj.stack([{'x': {'a': jnp.ones(2)}}])
     wrong('phi must be of the model', lambda: forward(params, rows._replace(phis=other), inputs))
+    wrong('takes pj.Rows.* got dict', lambda: forward(params, phis[0], inputs), TypeError)
     mean = lambda params, ids: case.fn(params, ids).mean()
     wrong('of one row there must be one result; result has shape \\(\\)',
           lambda: pj.mixed(peft, mean)(params, rows, inputs))  # fmt: skip
