@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any JAX function."""
 
+from peftjax import arithmetic as arithmetic
 from peftjax import hf as hf
 from peftjax import sharding as sharding
 from peftjax._attach import attach as attach
@@ -37,6 +38,10 @@ from peftjax.loop import NotFiniteError as NotFiniteError
 from peftjax.loop import Stop as Stop
 from peftjax.loop import Terminated as Terminated
 from peftjax.loop import fit as fit
+from peftjax.many import base_phi as base_phi
+from peftjax.many import stack as stack
+from peftjax.many import swap as swap
+from peftjax.many import unstack as unstack
 from peftjax.methods import HOULSBY as HOULSBY
 from peftjax.methods import PARALLEL as PARALLEL
 from peftjax.methods import PFEIFFER as PFEIFFER
@@ -51,11 +56,15 @@ from peftjax.methods import PrefixTuning as PrefixTuning
 from peftjax.methods import PromptTuning as PromptTuning
 from peftjax.methods import Trainable as Trainable
 from peftjax.methods import TrainableTokens as TrainableTokens
+from peftjax.mixed import Rows as Rows
+from peftjax.mixed import mixed as mixed
 from peftjax.optim import chain_optimizer as chain_optimizer
 from peftjax.optim import lora_plus as lora_plus
 from peftjax.optim import masked_optimizer as masked_optimizer
 from peftjax.planning import Plan as Plan
 from peftjax.planning import plan as plan
+from peftjax.ranks import Padded as Padded
+from peftjax.ranks import pad_ranks as pad_ranks
 from peftjax.resume import Checkpoints as Checkpoints
 from peftjax.resume import Restored as Restored
 from peftjax.stacking import Stacked as Stacked

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from peftjax._method import Method, site_key
 from peftjax._sites import Site
@@ -69,6 +69,23 @@ def chain(*methods: Method | Chain, **named: Method | Chain) -> Chain:
         if not isinstance(method, Method | Chain):
             raise TypeError(f'a chain is made of methods; {name!r} is {method!r}')
     return Chain(tuple(found))
+
+
+def replaced(
+    method: Method | Chain, new: Mapping[tuple[str, ...], Method], keys: tuple[str, ...] = ()
+) -> Method | Chain:
+    """The same chain of other methods.
+
+    Args:
+      method: a chain, or one method.
+      new: a method for each of its parts, by the keys of its phi.
+      keys: of this chain.
+    """
+    if isinstance(method, Method):
+        return new[keys]
+    return Chain(
+        tuple((name, replaced(inner, new, (*keys, name))) for name, inner in method.methods)
+    )
 
 
 def part_keys(

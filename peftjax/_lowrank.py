@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +117,18 @@ class LowRankMethod(Method):
         rank = self.rank_at(site)
         alpha = _pattern(self.alphas, site.path, rank if self.alpha is None else self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def of_ranks(self, ranks: Mapping[Path, int]) -> Self:
+        """The same with other ranks, and with scale 1 everywhere.
+
+        Args:
+          ranks: of each path.
+        """
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        others = tuple((f'^{re.escape(path)}$', n) for path, n in ranks.items() if n != usual)
+        return dataclasses.replace(
+            self, rank=usual, ranks=others, alpha=None, alphas=(), rank_stabilized=False
+        )
 
     def pair(self, key: Array, site: Site) -> dict[str, Array]:
         """`a` and `b` of a site; their product is zero."""
