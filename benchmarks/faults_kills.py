@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Cut(NamedTuple):
       logged: the last step in the log of losses.
       saved: the newest checkpoint that is whole, 0 for none.
       moment: what went on in the folder.
+      said: what it complained of.
     """
 
     code: int
@@ -57,6 +59,7 @@ class Cut(NamedTuple):
     logged: int
     saved: int
     moment: str
+    said: str
 
 
 def environment(place: pathlib.Path) -> dict[str, str]:
@@ -101,21 +104,33 @@ class Child:
         Raises:
           RuntimeError: it came to no good end.
         """
-        out, _ = self._process.communicate(timeout=LIMIT)
-        self._errors.close()
+        out = self._rest()
         if self._process.returncode:
-            said = (self.folder / 'errors.txt').read_text()[-2000:]
-            raise RuntimeError(f'exit code {self._process.returncode} in {self.folder}: {said}')
+            raise RuntimeError(
+                f'exit code {self._process.returncode} in {self.folder}: {self._complaint()}'
+            )
         return out.split()[-1]
+
+    def _rest(self) -> str:
+        """What it still says until its end; `communicate` would lose what `ready` read ahead."""
+        late = threading.Timer(LIMIT, self._process.kill)
+        late.start()
+        out = self._process.stdout.read()
+        self._process.wait()
+        late.cancel()
+        self._errors.close()
+        return out
+
+    def _complaint(self) -> str:
+        return (self.folder / 'errors.txt').read_text()[-2000:]
 
     def cut(self, sent: int, delay: float, began: int | None) -> Cut | None:
         """Sends a signal after a while; None where the run had come to its end before."""
         time.sleep(delay)
         self._process.send_signal(sent)
         since = time.time()
-        out, _ = self._process.communicate(timeout=LIMIT)
+        out = self._rest()
         seconds = time.time() - since
-        self._errors.close()
         if self._process.returncode == 0:
             return None
         if began is None:
@@ -123,7 +138,8 @@ class Child:
         last, saved, moment = look(self.folder)
         seal = self.folder / f'checkpoints/steps/{saved}/manifest.json'
         sealed = max(seal.stat().st_mtime - since, 0) if seal.exists() else 0.0
-        return Cut(self._process.returncode, seconds, sealed, began, last, saved, moment)
+        code, said = self._process.returncode, self._complaint()
+        return Cut(code, seconds, sealed, began, last, saved, moment, said)
 
 
 def look(folder: pathlib.Path) -> tuple[int, int, str]:
@@ -191,7 +207,7 @@ def killed(place: pathlib.Path, kills: int, seed: int, waited: bool) -> Count:
     """
     run = Run(waited=waited, pause=0.03)
     last, log, seconds = unbroken(place, run)
-    draw, cuts, passed, number = random.Random(seed), [], 0, 0
+    draw, cuts, odd, number = random.Random(seed), [], [], 0
     most = run.every if waited else 2 * run.every
     while len(cuts) < kills:
         number, most_now = number + 1, min(CHAIN, kills - len(cuts))
@@ -203,9 +219,11 @@ def killed(place: pathlib.Path, kills: int, seed: int, waited: bool) -> Count:
         right = ended == last and logged(folder) == log
         for cut, start in zip(found, starts, strict=True):
             good = right and start in (cut.saved, None) and cut.logged - cut.saved <= most
-            passed += good and cut.code == -signal.SIGKILL
+            if not good or cut.code != -signal.SIGKILL:
+                odd.append({**cut._asdict(), 'went_on_from': start, 'right': right})
         cuts += found
-    return Count(passed, len(cuts), {'runs': number, 'save_every': run.every, **tell(cuts)})
+    seen = {'runs': number, 'save_every': run.every, **tell(cuts), 'odd': odd}
+    return Count(len(cuts) - len(odd), len(cuts), seen)
 
 
 def told_to_end(place: pathlib.Path, cases: int, seed: int) -> Count:
