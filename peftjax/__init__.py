@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning for any JAX function."""
 
 from peftjax import hf as hf
+from peftjax import meta as meta
 from peftjax import sharding as sharding
 from peftjax._attach import attach as attach
 from peftjax._chain import Chain as Chain
