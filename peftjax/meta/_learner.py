@@ -1,11 +1,11 @@
 """What a meta-algorithm is, and the mean of its loss over tasks."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from peftjax._types import Array, Phi, PyTree
 from peftjax.meta._inner import Adapt
@@ -45,6 +45,9 @@ class Learner(NamedTuple):
     adapt: Adapt
 
 
+TASKS = 'peftjax_tasks'
+"""The axis of tasks, while they are mapped over."""
+
 OneTask = Callable[[PyTree, Phi, tuple[Any, Any], Array], Array]
 """`one(params, phi, (support, query), key)`, a scalar: the loss of one task."""
 
@@ -53,9 +56,12 @@ def over_tasks(one: OneTask) -> Callable[[PyTree, Phi, Any, Array], Array]:
     """The mean of a loss over tasks, all at once."""
 
     def loss(params: PyTree, phi: Phi, tasks: Any, key: Array) -> Array:
-        support, query = _pair(tasks)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(_count(tasks)))
-        return jax.vmap(one, (None, None, 0, 0))(params, phi, (support, query), keys).mean()
+        _check(tasks)
+
+        def alone(task: tuple[Any, Any]) -> Array:
+            return one(params, phi, task, jax.random.fold_in(key, lax.axis_index(TASKS)))
+
+        return jax.vmap(alone, axis_name=TASKS)(tasks).mean()
 
     return loss
 
@@ -84,19 +90,16 @@ def with_own_gradient(both: Both) -> OneTask:
     return lambda params, phi, task, key: own(phi, (params, task, key))
 
 
-def _pair(tasks: Any) -> tuple[Any, Any]:
+def _check(tasks: Any) -> None:
+    """Refuses what are no tasks.
+
+    Raises:
+      TypeError: they are no pair.
+      ValueError: the leaves are not as many.
+    """
     if not isinstance(tasks, tuple) or len(tasks) != 2:
         found = f'{len(tasks)} of them' if isinstance(tasks, tuple) else type(tasks).__name__
         raise TypeError(f'tasks must be a pair (support, query): received {found}')
-    return tasks
-
-
-def _count(tasks: Any) -> int:
-    """How many tasks there are.
-
-    Raises:
-      ValueError: the leaves do not say the same.
-    """
     shapes = {
         jax.tree_util.keystr(path): jnp.shape(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tasks)
@@ -108,5 +111,3 @@ def _count(tasks: Any) -> int:
             f'leaves of tasks must be (tasks, ...), as many for all of them: received {said}. One '
             'task is given with an axis of one in front'
         )
-    ((count,),) = counts
-    return count

@@ -3,12 +3,15 @@
 Rajeswaran et al., Meta-Learning with Implicit Gradients, 2019, arXiv:1909.04630.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
+from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.meta._inner import Adapt, inner, value
 from peftjax.meta._learner import Learner, over_tasks, with_own_gradient
@@ -22,7 +25,6 @@ def imaml(
     steps: int,
     strength: float,
     solver_steps: int = 5,
-    tolerance: float = 0.0,
 ) -> Learner:
     """MAML with implicit gradients: memory and derivative do not depend on the inner steps.
 
@@ -37,8 +39,7 @@ def imaml(
       tx: the inner optimizer; it is not differentiated through.
       steps: of the inner loop.
       strength: how strongly phi holds what adapts to a task; lambda of the paper.
-      solver_steps: of conjugate gradients, at most; each is one product with the Hessian.
-      tolerance: the residual, relative to the gradient's norm, at which they end before.
+      solver_steps: of conjugate gradients; each is one product with the Hessian.
 
     Returns:
       The learner; what it trains is phi, and its `adapt` solves the inner problem.
@@ -74,10 +75,7 @@ def imaml(
         # reverse mode twice: a loss with a derivative of its own may have no other
         curved = jax.vjp(slope, ended)[1]
         product = lambda v: jax.tree.map(lambda x, h: x + h / strength, v, curved(v)[0])
-        solved, _ = jax.scipy.sparse.linalg.cg(
-            product, gradient, tol=tolerance, maxiter=solver_steps
-        )
-        return found, solved
+        return found, _solved(product, gradient, solver_steps)
 
     return Learner(lambda phi: phi, over_tasks(with_own_gradient(implicit)), jax.jit(adapt))
 
@@ -98,3 +96,39 @@ def _held(loss: LossFn, tx: optax.GradientTransformation, steps: int, strength: 
         return inner(near, tx, steps)(params, phi, support, key)
 
     return adapt
+
+
+def _solved(product: Callable[[Phi], Phi], wanted: Phi, steps: int) -> Phi:
+    """What a symmetric positive product makes `wanted` of, by conjugate gradients.
+
+    So many steps and no test whether they suffice: tasks on several devices would have to agree.
+    """
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        found, left, along, square = carry
+        made = product(along)
+        far = _ratio(square, _dot(along, made))
+        found, left = _moved(found, along, far), _moved(left, made, -far)
+        new = _dot(left, left)
+        return (found, left, _moved(left, along, _ratio(new, square)), new), None
+
+    nothing = jax.tree.map(jnp.zeros_like, wanted)
+    start = (nothing, wanted, wanted, _dot(wanted, wanted))
+    return lax.scan(step, start, length=steps)[0][0]
+
+
+def _dot(left: Phi, right: Phi) -> Array:
+    """In float32 or wider."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    sums = [jnp.sum(a.astype(wide(a.dtype)) * b.astype(wide(b.dtype))) for a, b in pairs]
+    own = max((x.dtype for x in sums), key=lambda dtype: dtype.itemsize)
+    return jnp.stack([x.astype(own) for x in sums]).sum()
+
+
+def _moved(tree: Phi, along: Phi, by: Array) -> Phi:
+    return jax.tree.map(lambda x, d: x + by.astype(x.dtype) * d, tree, along)
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """Zero where all is solved."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

@@ -123,7 +123,7 @@ def temporaries(steps, *, wide=64, rows=100, **how):
 
 
 def test_memory_grows_with_states_alone():
-    """By phi of each task for each step, where a step's activations are a hundred times as large.
+    """By phi of each task for each step, where a step's activations are fifty times as large.
 
     Momentum is a state too, but one through which the derivative is known without it.
     """

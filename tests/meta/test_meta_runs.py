@@ -116,20 +116,22 @@ def sum_of_bytes(tree):
 AGAIN = {
     'anil': lambda phi: STEPS * sum_of_bytes(phi['up/kernel']),
     'meta_sgd': lambda phi: (STEPS - 1) * sum_of_bytes(phi['rates']),
-    'imaml': lambda phi: 1,
 }
-"""Bytes beyond one sum: of what all steps of a task share, the gradient is summed at each use; and
-whether any task's solver goes on."""
+"""Bytes beyond one sum: of what all steps of a task share, the gradient is summed at each use."""
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
-@pytest.mark.parametrize('name', LEARNERS)
-def test_tasks_over_devices_have_the_numbers_of_one_and_sum_the_gradient_alone(name):
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [*((name, AxisType.Auto) for name in LEARNERS)]
+    + [(name, AxisType.Explicit) for name in ('maml', 'fomaml', 'imaml')],
+)
+def test_tasks_over_devices_have_the_numbers_of_one_and_sum_the_gradient_alone(name, kind):
     params, _, learner, fresh = setting(name)
     batch = next(episodes(8))
     run = jax.value_and_grad(learner.loss, argnums=1)
     wanted = quick.jit(run)(params, fresh().phi, batch, KEY)
-    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(kind,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         there, phi, key = jax.device_put((params, fresh().phi, KEY), whole)
