@@ -2,6 +2,7 @@
 
 from peftjax import arithmetic as arithmetic
 from peftjax import hf as hf
+from peftjax import meta as meta
 from peftjax import sharding as sharding
 from peftjax._attach import attach as attach
 from peftjax._chain import Chain as Chain

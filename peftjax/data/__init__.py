@@ -1,4 +1,5 @@
-"""Text files to batches: labelled texts, and conversations or texts for language models.
+"""Text files to batches: labelled texts, and conversations or texts for language models; few-shot
+episodes of anything that has labels.
 
 Pure numpy. This wing imports nothing else of peftjax, and neither jax nor transformers; grain when
 `Batches` is built.
@@ -8,6 +9,10 @@ from peftjax.data._batches import Batch as Batch
 from peftjax.data._batches import Tokens as Tokens
 from peftjax.data._batches import encode as encode
 from peftjax.data._batches import take as take
+from peftjax.data._episodes import Episode as Episode
+from peftjax.data._episodes import Episodes as Episodes
+from peftjax.data._episodes import Shots as Shots
+from peftjax.data._episodes import episode as episode
 from peftjax.data._prompts import encode_prompt as encode_prompt
 from peftjax.data._records import Record as Record
 from peftjax.data._records import load_records as load_records

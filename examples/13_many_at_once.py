@@ -1,6 +1,6 @@
 """Six adapters trained at once: three tasks, two seeds each, one copy of theta.
 
-What differs from 14: states of training are stacked, and `jax.vmap` of an ordinary step updates all
+What differs from 12: states of training are stacked, and `jax.vmap` of an ordinary step updates all
 of them. Theta is no part of the stack, so it is held once and meets all members in one product.
 """
 

@@ -1,6 +1,6 @@
 """A search in one program: eight learning rates times three ranks, the best one by validation.
 
-What differs from 15: a rate is data, since `optax.inject_hyperparams` keeps it in the state; ranks
+What differs from 13: a rate is data, since `optax.inject_hyperparams` keeps it in the state; ranks
 are padded to the largest by `pj.pad_ranks`, each with its own scale, which is frozen and so stands
 beside theta. All 24 members train on the same batches.
 """

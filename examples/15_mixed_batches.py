@@ -1,6 +1,6 @@
 """A batch whose rows have adapters of their own: three customers and the base, in one program.
 
-What differs from 16: the stack of phi is run instead of trained, and each row of a batch says which
+What differs from 14: the stack of phi is run instead of trained, and each row of a batch says which
 member it wants. Members come and go while the program stays: the stack has room, and a place
 in it is data.
 """

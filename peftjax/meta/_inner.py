@@ -1,0 +1,105 @@
+"""The inner loop: phi adapted to one task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from peftjax import _paths
+from peftjax._types import Array, Phi, PyTree, Target
+from peftjax.losses import Loss
+from peftjax.train import LossFn
+
+Adapt = Callable[[PyTree, Phi, Any, Array], Phi]
+"""`adapt(params, phi, support, key) -> phi`, of one task."""
+
+
+def adapter(
+    loss: LossFn, tx: optax.GradientTransformation, *, steps: int, target: Target | None = None
+) -> Adapt:
+    """Makes the function that adapts phi to one task, jitted once for all tasks of one shape.
+
+    Every task begins with a fresh state of the optimizer; step `i` draws from `fold_in(key, i)`.
+    The derivative with respect to phi is exact, of any order. For it the loop keeps phi and the
+    optimizer's state of each step, and computes everything else again.
+
+    Args:
+      loss: `loss(params, phi, batch, key)` to a scalar, or to a `Loss`, whose mean is minimized.
+      tx: the inner optimizer. What is differentiated through must have a derivative: Adam's square
+        root has none at zero, where the gradient of LoRA's `a` is while `b` is zero, so give it
+        an `eps_root`, as `optax.adam(1e-3, eps_root=1e-8)`.
+      steps: how many; each sees all of the support. A loss may draw a part of it from its key.
+      target: regex, or several, searched in the paths of phi's leaves: those alone adapt.
+
+    Returns:
+      `adapt(params, phi, support, key) -> phi`; `jax.vmap` of it adapts to many tasks.
+
+    Raises:
+      ValueError: `steps` is not positive, or (when called) a target finds nothing.
+      TypeError: `target` is no regular expression and no tuple of them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> loss = lambda params, phi, x, key: ((params['w'] + phi['w'] - x) ** 2).sum()
+      >>> adapt = adapter(loss, optax.sgd(0.25), steps=2)
+      >>> params, phi = {'w': jnp.ones(2)}, {'w': jnp.zeros(2)}
+      >>> adapt(params, phi, jnp.array([1.0, 5.0]), jax.random.key(0))['w'].tolist()
+      [0.0, 3.0]
+    """
+    return jax.jit(inner(loss, tx, steps, target))
+
+
+def inner(
+    loss: LossFn, tx: optax.GradientTransformation, steps: int, target: Target | None = None
+) -> Adapt:
+    """The same, not jitted."""
+    if steps < 1:
+        raise ValueError(f'steps must be at least 1: received {steps}')
+    if target is not None:
+        _paths.patterns(target)
+
+    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
+        def step(carry: Any, i: Array) -> tuple[Any, None]:
+            mine, state = carry
+            own = jax.random.fold_in(key, i)
+            grads = jax.grad(lambda mine: value(loss, params, joined(mine, phi), support, own))(
+                mine
+            )
+            updates, state = tx.update(grads, state, mine)
+            return (optax.apply_updates(mine, updates), state), None
+
+        mine = chosen(target, phi)
+        # a scan is no place where XLA could find the same computation twice
+        again = jax.checkpoint(step, prevent_cse=False)
+        (mine, _), _ = lax.scan(again, (mine, tx.init(mine)), jnp.arange(steps))
+        return joined(mine, phi)
+
+    return adapt
+
+
+def value(loss: LossFn, params: PyTree, phi: Phi, batch: Any, key: Array) -> Array:
+    """A loss as the scalar that is minimized."""
+    found = loss(params, phi, batch, key)
+    return found.mean if isinstance(found, Loss) else found
+
+
+def chosen(target: Target | None, phi: Phi) -> Any:
+    """Phi with nothing in place of the leaves that a target does not find.
+
+    Raises:
+      ValueError: a pattern finds nothing.
+    """
+    if target is None:
+        return phi
+    found = set(_paths.selected(target, _paths.leaves(phi)))
+    own = lambda keys, leaf: leaf if _paths.name(keys) in found else None
+    return jax.tree_util.tree_map_with_path(own, phi)
+
+
+def joined(mine: Any, phi: Phi) -> Any:
+    """Phi with what was chosen of it replaced."""
+    own = lambda new, old: old if new is None else new
+    return jax.tree.map(own, mine, phi, is_leaf=lambda leaf: leaf is None)
