@@ -79,7 +79,7 @@ RECIPES = {
                lambda: HOULSBY, 1e-3),
         Recipe('pfeiffer', 'bottleneck adapters after the MLP', lambda: PFEIFFER, 1e-3),
         Recipe('parallel', 'bottleneck adapters beside the MLP', lambda: PARALLEL, 3e-4),
-        Recipe('full', 'full fine-tuning', lambda: Trainable(target=BODY), 1e-4),
+        Recipe('full', 'full fine-tuning', lambda: Trainable(target=BODY), 1e-4, 3e-3),
     )
 }  # fmt: skip
 """All recipes by name."""
