@@ -76,6 +76,18 @@ def environment(place: pathlib.Path) -> dict[str, str]:
     }
 
 
+class End(NamedTuple):
+    """A run that has come to its end.
+
+    Attributes:
+      digest: of its last state.
+      began: the step that it went on from at last; None where it had not said so.
+    """
+
+    digest: str
+    began: int | None
+
+
 class Child:
     """A process that trains in a folder."""
 
@@ -124,17 +136,17 @@ class Child:
     def _complaint(self) -> str:
         return (self.folder / 'errors.txt').read_text()[-2000:]
 
-    def cut(self, sent: int, delay: float, began: int | None) -> Cut | None:
-        """Sends a signal after a while; None where the run had come to its end before."""
+    def cut(self, sent: int, delay: float, began: int | None) -> Cut | End:
+        """Sends a signal after a while, which a run that has come to its end does not hear."""
         time.sleep(delay)
         self._process.send_signal(sent)
         since = time.time()
         out = self._rest()
         seconds = time.time() - since
-        if self._process.returncode == 0:
-            return None
         if began is None:
             began = next((int(word) for word in out.split()[2:3]), None)
+        if self._process.returncode == 0:
+            return End(out.split()[-1], began)
         last, saved, moment = look(self.folder)
         seal = self.folder / f'checkpoints/steps/{saved}/manifest.json'
         sealed = max(seal.stat().st_mtime - since, 0) if seal.exists() else 0.0
@@ -171,7 +183,7 @@ def unbroken(place: pathlib.Path, run: Run) -> tuple[str, list, float]:
 def chain(
     place: pathlib.Path, folder: pathlib.Path, run: Run, sent: int, most: int, window: float,
     draw: random.Random, early: float,
-) -> tuple[list[Cut], str, int | None]:  # fmt: skip
+) -> tuple[list[Cut], End]:  # fmt: skip
     """A run that is cut off some times, then ends: how, and from where it went on at last."""
     cuts = []
     while len(cuts) < most:
@@ -181,17 +193,17 @@ def chain(
         else:
             began = child.ready()
             cut = child.cut(sent, draw.uniform(0.05, 0.05 + window), began)
-        if cut is None:
-            break
+        if isinstance(cut, End):
+            return cuts, cut
         cuts.append(cut)
     child = Child(place, folder, run)
     began = child.ready()
-    return cuts, child.end(), began
+    return cuts, End(child.end(), began)
 
 
-def went_on(cuts: list[Cut], began: int | None) -> list[int | None]:
-    """From where the run went on after each cut; `began` is of what followed the last one."""
-    return [*(cut.began for cut in cuts), began][1:]
+def went_on(cuts: list[Cut], end: End) -> list[int | None]:
+    """From where the run went on after each cut."""
+    return [*(cut.began for cut in cuts), end.began][1:]
 
 
 def tell(cuts: list[Cut]) -> dict:
@@ -212,11 +224,9 @@ def killed(place: pathlib.Path, kills: int, seed: int, waited: bool) -> Count:
     while len(cuts) < kills:
         number, most_now = number + 1, min(CHAIN, kills - len(cuts))
         folder, window = place / f'run{number}', 1.6 * seconds / (CHAIN + 1)
-        found, ended, began = chain(
-            place, folder, run, signal.SIGKILL, most_now, window, draw, early=0.2
-        )
-        starts = went_on(found, began)
-        right = ended == last and logged(folder) == log
+        found, end = chain(place, folder, run, signal.SIGKILL, most_now, window, draw, early=0.2)
+        starts = went_on(found, end)
+        right = end.digest == last and logged(folder) == log
         for cut, start in zip(found, starts, strict=True):
             good = right and start in (cut.saved, None) and cut.logged - cut.saved <= most
             if not good or cut.code != -signal.SIGKILL:
@@ -234,11 +244,9 @@ def told_to_end(place: pathlib.Path, cases: int, seed: int) -> Count:
     while len(cuts) < cases:
         number, most = number + 1, min(CHAIN, cases - len(cuts))
         folder, window = place / f'run{number}', 1.2 * seconds / (CHAIN + 1)
-        found, ended, began = chain(
-            place, folder, run, signal.SIGTERM, most, window, draw, early=0.0
-        )
-        starts = went_on(found, began)
-        right = ended == last and logged(folder) == log
+        found, end = chain(place, folder, run, signal.SIGTERM, most, window, draw, early=0.0)
+        starts = went_on(found, end)
+        right = end.digest == last and logged(folder) == log
         for cut, start in zip(found, starts, strict=True):
             good = right and cut.code == 143 and cut.sealed <= 5
             passed += good and start == cut.saved == cut.logged
