@@ -173,7 +173,7 @@ def base_of(folder: pathlib.Path, config: Mapping[str, Any], scan_layers: bool) 
     model = json.loads((folder / 'config.json').read_text())
     tensors = load_file(folder / 'model.safetensors')
     if model.get('custom') == 'MoEWrap':
-        return experts, _nested(tensors)
+        return experts, nested(tensors)
     # A second reference to the word embeddings, which AdapterHub stores.
     tensors = {n: t for n, t in tensors.items() if 'base_model_embeddings' not in n}
     hub = 'config' in config
@@ -231,7 +231,7 @@ def experts(params: Any, x: Any) -> Any:
     return y @ own['lin']['weight'].T + own['lin']['bias'][None]
 
 
-def _nested(tensors: Tensors) -> Any:
+def nested(tensors: Tensors) -> Any:
     """Parameters as PyTorch keeps them, in nested dicts."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():

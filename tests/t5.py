@@ -1,7 +1,6 @@
 """T5 as a plain function over PyTorch's tensors, by their names: no model of the zoo is like it."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,18 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 Params = Any
-
-
-def nested(tensors: Mapping[str, Any]) -> Params:
-    """Tensors by name as nested dicts: `{'encoder': {'block': {'0': …}}}`."""
-    tree: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *owners, leaf = name.split('.')
-        home = tree
-        for owner in owners:
-            home = home.setdefault(owner, {})
-        home[leaf] = jnp.asarray(tensor)
-    return tree
 
 
 def t5(heads: int, params: Params, input_ids: Any, attention_mask: Any, decoder_ids: Any) -> Any:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interop import nested
 from safetensors.numpy import load_file
-from t5 import nested, t5
+from t5 import t5
 
 import peftjax as pj
 
