@@ -1,0 +1,125 @@
+"""What is compiled for Omniglot: the loss of an outer step, and the accuracy on new tasks.
+
+Images lie on the device beside theta, `(theta, images)`, and tasks are positions among them. All of
+the network is trained: phi is `Trainable(target='.')`, and theta says shapes and the start alone.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import few_shot_network as few_shot
+import jax
+import jax.numpy as jnp
+import omniglot_recipes as recipes
+import optax
+from omniglot_data import pixels
+from omniglot_recipes import Recipe
+
+import peftjax as pj
+from peftjax import data
+
+
+class Programs(NamedTuple):
+    """An algorithm, ready to be trained.
+
+    Attributes:
+      peft: the plan of phi.
+      params: theta.
+      loss: `loss((theta, images), phi, tasks, key)`, of tasks of positions.
+      tx: the outer optimizer.
+      step: as from `pj.train_step`.
+      judge: `judge((theta, images), phi, tasks, key)`, the accuracy of each task, jitted.
+    """
+
+    peft: pj.Peft
+    params: Any
+    loss: Callable[..., jax.Array]
+    tx: optax.GradientTransformation
+    step: Any
+    judge: Callable[..., jax.Array]
+
+
+@functools.cache
+def programs(recipe: Recipe, steps: int, convolution: str, pooled: bool, seed: int) -> Programs:
+    """Those of a run of so many steps, compiled once in a process."""
+    own = getattr(few_shot, convolution)
+    params = few_shot.parameters(recipe.judged[0], seed)
+    if recipe.algorithm == 'prototypes':  # a space has no head
+        params, apply = {'layers': params['layers']}, few_shot.features
+    else:
+        apply = few_shot.network
+    apply = functools.partial(apply, own, pooled=pooled)
+    blank = jnp.ones((2, few_shot.SIZE, few_shot.SIZE, 1))
+    peft = pj.attach(pj.Trainable(target='.'), apply, params, blank)
+    made = _prototypes if recipe.algorithm == 'prototypes' else _adapting
+    loss, one = made(recipe, peft.wrap(apply))
+    tx = recipes.outer(recipe, steps)
+    return Programs(peft, params, loss, tx, pj.train_step(loss, tx), jax.jit(_each(one)))
+
+
+def _adapting(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
+    """What has an inner loop."""
+    inner, tx = recipe.inner, recipes.inner_optimizer(recipe)
+    assert inner is not None
+
+    def loss(rows: int | None, params: Any, phi: Any, batch: Any, key: jax.Array) -> jax.Array:
+        theta, images = params
+        batch = recipes.drawn(batch, rows, key)
+        said = forward(theta, phi, pixels(images, batch.inputs))
+        return optax.softmax_cross_entropy_with_integer_labels(said, batch.labels).mean()
+
+    target = 'head' if recipe.algorithm == 'anil' else None
+    trained, meta = functools.partial(loss, inner.batch), pj.meta
+    if recipe.algorithm == 'reptile':
+        learner = meta.reptile(trained, tx, steps=inner.steps)
+    else:
+        first = recipe.algorithm == 'fomaml'
+        learner = meta.maml(trained, tx, steps=inner.steps, target=target, first_order=first)
+    tested = functools.partial(loss, inner.test_batch)
+    adapt = meta.adapter(tested, tx, steps=inner.test_steps, target=target)
+
+    def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
+        theta, images = params
+        own = adapt(params, phi, task.support, key)
+        said = forward(theta, own, pixels(images, task.query.inputs))
+        return _right(said, task.query.labels)
+
+    return learner.loss, one
+
+
+def _prototypes(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
+    """Supports and queries are embedded as one batch, as the authors do: one norm for both."""
+
+    def logits(ways: int, params: Any, phi: Any, task: data.Episode) -> jax.Array:
+        theta, images = params
+        index = jnp.concatenate([task.support.inputs, task.query.inputs])
+        found = forward(theta, phi, pixels(images, index))
+        few, asked = jnp.split(found, [task.support.inputs.shape[0]])
+        return pj.meta.logits(asked, pj.meta.prototypes(few, task.support.labels, ways))
+
+    def loss(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
+        del key  # nothing is drawn
+        own = functools.partial(logits, recipe.trained[0], params, phi)
+        labels = tasks.query.labels
+        return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(own)(tasks), labels).mean()
+
+    def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
+        del key
+        return _right(logits(recipe.judged[0], params, phi, task), task.query.labels)
+
+    return loss, one
+
+
+def _right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return (logits.argmax(-1) == labels).mean()
+
+
+def _each(one: Any) -> Any:
+    """Of every task of a batch."""
+
+    def judge(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, tasks.query.labels.shape[0])
+        return jax.vmap(one, (None, None, 0, 0))(params, phi, tasks, keys)
+
+    return judge
