@@ -58,8 +58,12 @@ def maxima(x: jax.Array) -> jax.Array:
 
 def network(convolution: Convolution, params: Any, x: jax.Array, pooled: bool = False) -> Any:
     """Images `(rows, 28, 28, 1)` to logits `(rows, ways)`."""
-    head = params['head']
-    return features(convolution, params, x, pooled) @ head['kernel'] + head['bias']
+    return head(params, features(convolution, params, x, pooled))
+
+
+def head(params: Any, x: jax.Array) -> jax.Array:
+    """What `features` gives, to logits `(rows, ways)`."""
+    return x @ params['head']['kernel'] + params['head']['bias']
 
 
 def parameters(ways: int, seed: int = 0) -> Any:

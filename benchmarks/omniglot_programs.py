@@ -45,39 +45,42 @@ def programs(recipe: Recipe, steps: int, convolution: str, pooled: bool, seed: i
     """Those of a run of so many steps, compiled once in a process."""
     own = getattr(few_shot, convolution)
     params = few_shot.parameters(recipe.judged[0], seed)
-    if recipe.algorithm == 'prototypes':  # a space has no head
-        params, apply = {'layers': params['layers']}, few_shot.features
-    else:
-        apply = few_shot.network
-    apply = functools.partial(apply, own, pooled=pooled)
+    network, features = (
+        functools.partial(fn, own, pooled=pooled) for fn in (few_shot.network, few_shot.features)
+    )
+    headless = recipe.algorithm == 'prototypes'
+    if headless:
+        params = {'layers': params['layers']}
     blank = jnp.ones((2, few_shot.SIZE, few_shot.SIZE, 1))
-    peft = pj.attach(pj.Trainable(target='.'), apply, params, blank)
-    made = _prototypes if recipe.algorithm == 'prototypes' else _adapting
-    loss, one = made(recipe, peft.wrap(apply))
+    peft = pj.attach(pj.Trainable(target='.'), features if headless else network, params, blank)
+    if headless:
+        loss, one = _prototypes(recipe, peft.wrap(features))
+    elif recipe.algorithm == 'anil':
+        loss, one = _head_alone(recipe, peft.wrap(features), peft.wrap(few_shot.head))
+    else:
+        loss, one = _adapting(recipe, peft.wrap(network))
     tx = recipes.outer(recipe, steps)
     return Programs(peft, params, loss, tx, pj.train_step(loss, tx), jax.jit(_each(one)))
 
 
 def _adapting(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
-    """What has an inner loop."""
+    """All of the network adapts."""
     inner, tx = recipe.inner, recipes.inner_optimizer(recipe)
     assert inner is not None
 
     def loss(rows: int | None, params: Any, phi: Any, batch: Any, key: jax.Array) -> jax.Array:
         theta, images = params
         batch = recipes.drawn(batch, rows, key)
-        said = forward(theta, phi, pixels(images, batch.inputs))
-        return optax.softmax_cross_entropy_with_integer_labels(said, batch.labels).mean()
+        return _wrong(forward(theta, phi, pixels(images, batch.inputs)), batch.labels)
 
-    target = 'head' if recipe.algorithm == 'anil' else None
     trained, meta = functools.partial(loss, inner.batch), pj.meta
     if recipe.algorithm == 'reptile':
         learner = meta.reptile(trained, tx, steps=inner.steps)
     else:
         first = recipe.algorithm == 'fomaml'
-        learner = meta.maml(trained, tx, steps=inner.steps, target=target, first_order=first)
+        learner = meta.maml(trained, tx, steps=inner.steps, first_order=first)
     tested = functools.partial(loss, inner.test_batch)
-    adapt = meta.adapter(tested, tx, steps=inner.test_steps, target=target)
+    adapt = meta.adapter(tested, tx, steps=inner.test_steps)
 
     def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
         theta, images = params
@@ -86,6 +89,35 @@ def _adapting(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
         return _right(said, task.query.labels)
 
     return learner.loss, one
+
+
+def _head_alone(recipe: Recipe, features: Any, head: Any) -> tuple[Any, Any]:
+    """What does not adapt sees each image once, not again in every inner step."""
+    inner, tx = recipe.inner, recipes.inner_optimizer(recipe)
+    assert inner is not None
+
+    def loss(theta: Any, phi: Any, batch: Any, key: jax.Array) -> jax.Array:
+        del key  # nothing is drawn
+        return _wrong(head(theta, phi, batch.inputs), batch.labels)
+
+    learner = pj.meta.maml(loss, tx, steps=inner.steps, target='head')
+    adapt = pj.meta.adapter(loss, tx, steps=inner.test_steps, target='head')
+
+    def seen(params: Any, phi: Any, task: data.Episode) -> data.Episode:
+        theta, images = params
+        look = lambda half: features(theta, phi, pixels(images, half.inputs))
+        return data.Episode(*(half._replace(inputs=look(half)) for half in task))
+
+    def outer(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
+        found = jax.vmap(functools.partial(seen, params, phi))(tasks)
+        return learner.loss(params[0], phi, found, key)
+
+    def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
+        support, query = seen(params, phi, task)
+        own = adapt(params[0], phi, support, key)
+        return _right(head(params[0], own, query.inputs), query.labels)
+
+    return outer, one
 
 
 def _prototypes(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
@@ -101,14 +133,17 @@ def _prototypes(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
     def loss(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
         del key  # nothing is drawn
         own = functools.partial(logits, recipe.trained[0], params, phi)
-        labels = tasks.query.labels
-        return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(own)(tasks), labels).mean()
+        return _wrong(jax.vmap(own)(tasks), tasks.query.labels)
 
     def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
         del key
         return _right(logits(recipe.judged[0], params, phi, task), task.query.labels)
 
     return loss, one
+
+
+def _wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def _right(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,16 +1,20 @@
 """The benchmark on Omniglot, on a few images that the test draws."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import quick
 
+import peftjax as pj
 from peftjax import data
 
 HOME = pathlib.Path(__file__).parents[1] / 'benchmarks'
@@ -91,22 +95,47 @@ def small(algorithm, ways, shots):
 PAPERS = recipes.recipe
 
 
+def told(made, recipe, drawings):
+    """What a step is told: theta and images, phi, tasks."""
+    train = parts(drawings, rotated='train').train
+    ways, shots, queries = recipe.trained
+    tasks = data.Episodes(train.labels, ways=ways, shots=shots, queries=queries, tasks=2, seed=0)
+    phi = made.peft.init(jax.random.key(0), made.params)
+    return (made.params, jnp.asarray(train.images)), phi, next(tasks)
+
+
 @pytest.mark.parametrize('algorithm', recipes.ALGORITHMS)
 def test_every_algorithm_makes_a_step(algorithm, drawings):
     recipe = small(algorithm, 5, 1)
     made = omniglot_programs.programs(recipe, 10, 'patches', False, 0)
-    train = parts(drawings, rotated='train').train
-    ways, shots, queries = recipe.trained
-    tasks = next(data.Episodes(train.labels, ways=ways, shots=shots, queries=queries, tasks=2,
-                               seed=0))  # fmt: skip
-    phi = made.peft.init(jax.random.key(0), made.params)
-    params = (made.params, jnp.asarray(train.images))
-    slope = quick.jit(jax.grad(made.loss, argnums=1))(params, phi, tasks, jax.random.key(1))
-    flat = {path: float(jnp.abs(leaf['value']).max()) for path, leaf in slope.items()}
+    params, phi, tasks = told(made, recipe, drawings)
+    slope = quick.jit(jax.grad(made.loss, argnums=1))
+    with jax.numpy_dtype_promotion('standard'):  # of optax's counts
+        found = slope(params, phi, tasks, jax.random.key(1))
+    flat = {path: float(jnp.abs(leaf['value']).max()) for path, leaf in found.items()}
     # a bias before a norm changes nothing
     moved = {path for path in flat if not path.endswith('bias') or path.startswith('head')}
     assert all(np.isfinite(size) for size in flat.values())
     assert all(flat[path] > 1e-6 for path in moved), flat
+
+
+def test_anil_is_that_of_the_library(drawings):
+    """Whose inner steps see the images again."""
+    recipe = small('anil', 5, 1)
+    made = omniglot_programs.programs(recipe, 10, 'patches', False, 0)
+    params, phi, tasks = told(made, recipe, drawings)
+    forward = made.peft.wrap(functools.partial(few_shot.network, few_shot.patches))
+
+    def loss(params, phi, batch, key):
+        said = forward(params[0], phi, omniglot_data.pixels(params[1], batch.inputs))
+        return optax.softmax_cross_entropy_with_integer_labels(said, batch.labels).mean()
+
+    plain = pj.meta.maml(loss, optax.sgd(0.4), steps=recipe.inner.steps, target='head')
+    one, other = (
+        quick.jit(jax.value_and_grad(fn, argnums=1))(params, phi, tasks, jax.random.key(1))
+        for fn in (made.loss, plain.loss)
+    )
+    chex.assert_trees_all_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def state(arguments):
@@ -139,8 +168,8 @@ def test_the_same_command_goes_on(drawings, tmp_path, monkeypatch, capsys):
     assert [row['step'] for row in cut] == [4, 8, 10] and 'goes on' in capsys.readouterr().out
     again = run('cut')
     assert [row['step'] for row in again] == [4, 8, 10, 12, 12] and again[:3] == cut
-    told = lambda rows: [(row['step'], row['validation']) for row in rows if 'validation' in row]
-    assert told(again) == told(whole) and len(told(whole)) == 3
+    seen = lambda rows: [(row['step'], row['validation']) for row in rows if 'validation' in row]
+    assert seen(again) == seen(whole) and len(seen(whole)) == 3
     assert again[-1] == whole[-1] and again[-1]['tasks'] == 8
     seconds = [row['seconds'] for row in again if 'seconds' in row]
     assert seconds == sorted(seconds) and seconds[0] > 0
