@@ -162,7 +162,8 @@ def tested(run: Run, state: pj.TrainState, curve: Curve) -> dict[str, Any]:
 
 def result(run: Run, test: dict[str, Any], curve: Curve) -> dict[str, Any]:
     """A row of the table of results."""
-    timed = [row for row in curve.rows if 'step_ms' in row]
+    timed = [row['step_ms'] for row in curve.rows if 'step_ms' in row]
+    seconds = [row['seconds'] for row in curve.rows if 'seconds' in row]
     points = [row for row in curve.rows if 'validation' in row]
     return {
         **{name: getattr(run.options, name) for name in RUN},
@@ -174,8 +175,8 @@ def result(run: Run, test: dict[str, Any], curve: Curve) -> dict[str, Any]:
         'tested_step': test['of_step'],
         'steps_wanted': run.options.steps,
         'steps_published': run.recipe.steps,
-        'seconds': timed[-1]['seconds'] if timed else 0.0,
-        'step_ms': statistics.median(row['step_ms'] for row in timed) if timed else None,
+        'seconds': seconds[-1] if seconds else 0.0,
+        'step_ms': statistics.median(timed) if timed else None,
         'norm': 'of the batch, transductive',
         'recipe': str(run.recipe),
         'alphabets': run.settings['alphabets'],
@@ -200,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     add('--shots', default=1, choices=(1, 5))
     add('--steps', help="of the whole run; default: the recipe's")
     made.add_argument('--out', required=True, help='the folder of the run')
-    made.add_argument('--minutes', type=float, help='of training, in this piece')
+    made.add_argument('--minutes', type=float, help='of this piece, from its first step on')
     made.add_argument('--record', action='store_true', help='puts the result into the table')
     add('--seed', default=0, help='of alphabets, network, tasks')
     add('--validation-alphabets', default=3)

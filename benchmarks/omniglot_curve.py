@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 class Curve:
-    """Rows by step: loss since the row before, seconds of training, accuracies.
+    """Rows by step: loss and time of a step since the row before, seconds of training, accuracies.
 
     What an earlier piece of the run wrote after the step that is gone on from is left out, for
     those steps are made again.
@@ -29,6 +29,7 @@ class Curve:
         self._before = trained[-1]['seconds'] if trained else 0.0
         self._seconds, self._step = self._before, step
         self._losses: list[float] = []
+        self._warm = False
         self.go_on()
 
     def loss(self, step: int, loss: float) -> None:
@@ -49,11 +50,11 @@ class Curve:
         """Writes a row; training is paused."""
         if step > self._step:
             took = (self._before - self._seconds) / (step - self._step)
-            more |= {
-                'loss': round(sum(self._losses) / max(len(self._losses), 1), 5),
-                'seconds': round(self._before, 2),
-                'step_ms': round(1000 * took, 1),
-            }
+            more['loss'] = round(sum(self._losses) / max(len(self._losses), 1), 5)
+            more['seconds'] = round(self._before, 2)
+            if self._warm:  # a piece begins with compiling
+                more['step_ms'] = round(1000 * took, 1)
+            self._warm = True
         self._seconds, self._step, self._losses = self._before, step, []
         self.note({'step': step, **more})
 

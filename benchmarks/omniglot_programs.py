@@ -82,7 +82,7 @@ def _adapting(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
     tested = functools.partial(loss, inner.test_batch)
     adapt = meta.adapter(tested, tx, steps=inner.test_steps)
 
-    def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
+    def one(params: Any, phi: Any, task: Any, key: jax.Array) -> jax.Array:
         theta, images = params
         own = adapt(params, phi, task.support, key)
         said = forward(theta, own, pixels(images, task.query.inputs))
@@ -103,16 +103,16 @@ def _head_alone(recipe: Recipe, features: Any, head: Any) -> tuple[Any, Any]:
     learner = pj.meta.maml(loss, tx, steps=inner.steps, target='head')
     adapt = pj.meta.adapter(loss, tx, steps=inner.test_steps, target='head')
 
-    def seen(params: Any, phi: Any, task: data.Episode) -> data.Episode:
+    def seen(params: Any, phi: Any, task: Any) -> data.Episode:
         theta, images = params
         look = lambda half: features(theta, phi, pixels(images, half.inputs))
         return data.Episode(*(half._replace(inputs=look(half)) for half in task))
 
-    def outer(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
+    def outer(params: Any, phi: Any, tasks: Any, key: jax.Array) -> Any:
         found = jax.vmap(functools.partial(seen, params, phi))(tasks)
         return learner.loss(params[0], phi, found, key)
 
-    def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
+    def one(params: Any, phi: Any, task: Any, key: jax.Array) -> jax.Array:
         support, query = seen(params, phi, task)
         own = adapt(params[0], phi, support, key)
         return _right(head(params[0], own, query.inputs), query.labels)
@@ -123,37 +123,37 @@ def _head_alone(recipe: Recipe, features: Any, head: Any) -> tuple[Any, Any]:
 def _prototypes(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
     """Supports and queries are embedded as one batch, as the authors do: one norm for both."""
 
-    def logits(ways: int, params: Any, phi: Any, task: data.Episode) -> jax.Array:
+    def logits(ways: int, params: Any, phi: Any, task: Any) -> jax.Array:
         theta, images = params
         index = jnp.concatenate([task.support.inputs, task.query.inputs])
         found = forward(theta, phi, pixels(images, index))
         few, asked = jnp.split(found, [task.support.inputs.shape[0]])
         return pj.meta.logits(asked, pj.meta.prototypes(few, task.support.labels, ways))
 
-    def loss(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
+    def loss(params: Any, phi: Any, tasks: Any, key: jax.Array) -> jax.Array:
         del key  # nothing is drawn
         own = functools.partial(logits, recipe.trained[0], params, phi)
         return _wrong(jax.vmap(own)(tasks), tasks.query.labels)
 
-    def one(params: Any, phi: Any, task: data.Episode, key: jax.Array) -> jax.Array:
+    def one(params: Any, phi: Any, task: Any, key: jax.Array) -> jax.Array:
         del key
         return _right(logits(recipe.judged[0], params, phi, task), task.query.labels)
 
     return loss, one
 
 
-def _wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _wrong(logits: Any, labels: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def _right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _right(logits: Any, labels: Any) -> jax.Array:
     return (logits.argmax(-1) == labels).mean()
 
 
 def _each(one: Any) -> Any:
     """Of every task of a batch."""
 
-    def judge(params: Any, phi: Any, tasks: data.Episode, key: jax.Array) -> jax.Array:
+    def judge(params: Any, phi: Any, tasks: Any, key: jax.Array) -> jax.Array:
         keys = jax.random.split(key, tasks.query.labels.shape[0])
         return jax.vmap(one, (None, None, 0, 0))(params, phi, tasks, keys)
 
