@@ -14,56 +14,16 @@ import statistics
 import time
 from typing import Any
 
+import few_shot_network as few_shot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import peftjax as pj
 from peftjax import data
 
-FILTERS, WAYS, SHOTS, QUERIES, CLASSES, EACH = 64, 5, 1, 15, 100, 20
-
-
-def native(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Strides of two, padded to half the size."""
-    return lax.conv_general_dilated(
-        x, kernel, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-
-
-def patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same as one product, which stays one where each task has its own kernel."""
-    size = -(-x.shape[1] // 2)
-    total = max(2 * size + 1 - x.shape[1], 0)
-    edge = (total // 2, total - total // 2)
-    x = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
-    end = 2 * size - 1
-    shifted = [x[:, i : i + end : 2, j : j + end : 2] for i in range(3) for j in range(3)]
-    return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def network(convolution: Any, params: Any, x: jax.Array) -> jax.Array:
-    """Images `(rows, 28, 28, 1)` to logits."""
-    for layer in params['layers']:
-        x = convolution(x, layer['kernel']) + layer['bias']
-        mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        x = (x - mean) * lax.rsqrt(variance + 1e-5) * layer['scale'] + layer['shift']
-        x = jax.nn.relu(x)
-    return x.mean((1, 2)) @ params['head']['kernel'] + params['head']['bias']
-
-
-def parameters() -> Any:
-    """Theta as it would begin."""
-    layers = []
-    for i, width in enumerate((1, FILTERS, FILTERS, FILTERS)):
-        kernel = jax.random.normal(jax.random.key(i), (3, 3, width, FILTERS))
-        zeros, ones = jnp.zeros(FILTERS), jnp.ones(FILTERS)
-        kernel *= (2 / 9 / width) ** 0.5
-        layers.append({'kernel': kernel, 'bias': zeros, 'scale': ones, 'shift': zeros})
-    head = jax.random.normal(jax.random.key(9), (FILTERS, WAYS)) / FILTERS**0.5
-    return {'layers': layers, 'head': {'kernel': head, 'bias': jnp.zeros(WAYS)}}
+WAYS, SHOTS, QUERIES, CLASSES, EACH = 5, 1, 15, 100, 20
 
 
 def learners(forward: Any, steps: int) -> dict[str, Any]:
@@ -130,8 +90,9 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=8)
     parser.add_argument('--convolution', choices=('patches', 'native'), default='patches')
     options = parser.parse_args()
-    convolution = {'patches': patches, 'native': native}[options.convolution]
-    apply, params = functools.partial(network, convolution), parameters()
+    convolution = getattr(few_shot, options.convolution)
+    apply = functools.partial(few_shot.network, convolution)
+    params = few_shot.parameters(WAYS)
     peft = pj.attach(pj.Trainable(target='.'), apply, params, jnp.ones((WAYS, 28, 28, 1)))
     phi, batch = peft.init(jax.random.key(0), params), tasks(options.tasks)
     found = learners(peft.wrap(apply), options.steps)
