@@ -114,20 +114,20 @@ def _trained(meta: Meta, states: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     theta = meta.ground.theta | {'sharpness': np.float32(meta.sharpness)}
     rates = _inner_rates(meta)
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(options.meta_rate))
-    step = Programs(pj.train_step(_loss(meta, rates), tx))
+    step = Programs(pj.train_step(loss(meta, rates), tx))
     start = pj.start(tx, meta.fresh(), jax.random.key(options.seed), keep_best=True)
-    episodes, clock = _episodes(meta), Clock(lambda phi: meta.judge(phi, rates))
+    tasks, clock = episodes(meta), Clock(lambda phi: meta.judge(phi, rates))
     every = max(1, options.meta_steps // EVALUATIONS)
     keep = pj.Every(every, pj.KeepBest(clock.judge, maximize=True))
     settings = {'rates': list(rates), 'tasks': options.meta_tasks, 'rate': options.meta_rate}
     with pj.Checkpoints(states, meta.space.peft, theta['params'], settings=settings) as saved:
-        state = saved.resume(start, episodes)
+        state = saved.resume(start, tasks)
         done = int(state.step)
         if done < options.meta_steps:
-            step.prepare(theta, state, _first(episodes))
+            step.prepare(theta, state, _first(tasks))
         with clock:
             state = pj.fit(
-                step, theta, state, episodes, steps=options.meta_steps, events=[keep],
+                step, theta, state, tasks, steps=options.meta_steps, events=[keep],
                 checkpoints=saved, save_every=every,
             )  # fmt: skip
     assert state.best is not None
@@ -181,7 +181,7 @@ def _inner_rates(meta: Meta) -> Rates:
     return max(meta.way.grid(), key=lambda rates: meta.judge(phi, rates))
 
 
-def _loss(meta: Meta, rates: Rates) -> Any:
+def loss(meta: Meta, rates: Rates) -> Any:
     """The loss over tasks."""
     space, steps = meta.space, meta.options.inner_steps
     match meta.way.learner:
@@ -196,7 +196,7 @@ def _loss(meta: Meta, rates: Rates) -> Any:
             return pj.meta.prototypical(space.embed, ways=space.ways, scale=meta.sharpness).loss
 
 
-def _episodes(meta: Meta) -> data.Episodes:
+def episodes(meta: Meta) -> data.Episodes:
     """Tasks to train on. Reptile looks at supports alone: its supports have the queries too."""
     options, shots, queries = meta.options, meta.shape.shots, meta.options.queries
     if meta.way.learner == 'reptile':
@@ -210,11 +210,11 @@ def _episodes(meta: Meta) -> data.Episodes:
     )
 
 
-def _first(episodes: data.Episodes) -> data.Episode:
+def _first(tasks: data.Episodes) -> data.Episode:
     """A batch of the shape of those that follow; none of them is taken."""
-    where = episodes.state()
-    one = next(episodes)
-    episodes.restore(where)
+    where = tasks.state()
+    one = next(tasks)
+    tasks.restore(where)
     return one
 
 
