@@ -73,10 +73,8 @@ def _meta_shape(options: argparse.Namespace, shape: Shape) -> Shape:
 
 def _about(ground: Ground, options: argparse.Namespace, todo: int, done: int) -> str:
     labels = ', '.join(
-        f'{len(set(part.labels.tolist()))} to {what}'
-        for part, what in zip(
-            ground.parts.values(), ('meta-train', 'validate', 'test'), strict=True
-        )
+        f'{len(set(ground.parts[name].labels.tolist()))} to {what}'
+        for name, what in (('train', 'meta-train'), ('valid', 'validate'), ('test', 'test'))
     )
     return (
         f'labels: {labels}; {ground.length} tokens a text; {options.episodes} tasks for each of '
@@ -97,6 +95,7 @@ class Cells:
         sharp = self._sharpness(shape)
         said = {'method': way.name, 'about': way.about, **shape._asdict()}
         said |= {'episodes': self._options.episodes, 'sharpness': sharp}
+        said |= {'head_parameters': shape.ways * (self._ground.features.shape[1] + 1)}
         if not way.recipe:
             return said | self._frozen(way, shape, valid.episodes, test.episodes)
         adapting = self._adapting(way, shape)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 from peftjax import data, models
 from peftjax.cli._examples import labelled
 
-PARTS = ('train', 'valid', 'test')
-"""To meta-train on, to choose rates and checkpoints on, to judge on."""
+PARTS = ('valid', 'test', 'train')
+"""To choose rates and checkpoints on, to judge on, to meta-train on: of the last, the largest, frozen
+methods need no features."""
 
 ROWS = 64
 """Texts of a batch where nothing is trained."""
@@ -55,8 +57,8 @@ class Ground:
       model: folder or hub name, empty for the default model.
       apply: `apply(params, ids, attention_mask=…)` to hidden states.
       theta: `params`; `ids` and `mask` `(texts, tokens)`; `size`, the root of the mean squared
-        norm of frozen features of texts to meta-train on, by which all features are divided.
-      features: `(texts, width)`, frozen, divided by `size`.
+        norm of frozen features of texts to validate on, by which all features are divided.
+      features: `(texts, width)` of those to validate and to test on, frozen, divided by `size`.
       parts: by name.
       max_tokens: longer texts were cut.
     """
@@ -81,14 +83,13 @@ def read(options: argparse.Namespace) -> dict[str, data.Examples]:
       ValueError: two files share a label.
     """
     found = {name: labelled(getattr(options, name), options) for name in PARTS}
-    for i, one in enumerate(PARTS):
-        for other in PARTS[i + 1 :]:
-            if both := sorted(set(found[one].names) & set(found[other].names)):
-                raise ValueError(
-                    '--train, --valid and --test must have labels that no two of them share: '
-                    f'--{one} and --{other} both have {both[0]!r} ({len(both)} in all). A task '
-                    'of known labels is not new; leave them in one of the files'
-                )
+    for one, other in itertools.combinations(PARTS, 2):
+        if both := sorted(set(found[one].names) & set(found[other].names)):
+            raise ValueError(
+                '--train, --valid and --test must have labels that no two of them share: '
+                f'--{one} and --{other} both have {both[0]!r} ({len(both)} in all). A task of '
+                'known labels is not new; leave each in one of the files'
+            )
     return found
 
 
@@ -109,8 +110,8 @@ def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Gro
         'ids': jnp.asarray(tokens.input_ids),
         'mask': jnp.asarray(tokens.attention_mask),
     }
-    features = _features(loaded.model.apply_fn, theta)
-    size = float(np.sqrt(np.square(features[: len(examples['train'])]).sum(-1).mean()))
+    features = _features(loaded.model.apply_fn, theta, parts['train'].first)
+    size = float(np.sqrt(np.square(features[: parts['test'].first]).sum(-1).mean()))
     theta['size'] = jnp.float32(size)
     return Ground(
         options.model,
@@ -122,15 +123,14 @@ def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Gro
     )
 
 
-def _features(apply: Any, theta: dict[str, Any]) -> np.ndarray:
-    """Mean hidden states of all texts, once for all frozen methods."""
+def _features(apply: Any, theta: dict[str, Any], count: int) -> np.ndarray:
+    """Mean hidden states of the first texts, once for all frozen methods."""
 
     @jax.jit
     def some(theta: dict[str, Any], index: jax.Array) -> jax.Array:
         ids, mask = theta['ids'][index], theta['mask'][index]
         return models.mean_pool(apply(theta['params'], ids, attention_mask=mask), mask)
 
-    count = len(theta['ids'])
     starts = range(0, count, ROWS)
     index = [np.minimum(np.arange(start, start + ROWS), count - 1) for start in starts]
     return np.concatenate([np.asarray(some(theta, one)) for one in index])[:count]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -10,6 +11,9 @@ from peftjax.cli import _config, _output, _report, _whole
 from peftjax.cli.meta import _curves, _record
 
 FILE, TABLE, PICTURE = 'results.json', 'table.txt', 'accuracy.png'
+LEARNED = r'[a-z]+-\d+way-\d+shot(\.states)?'
+"""Names of the folders of what is learned, and of the states of what is being learned."""
+
 FREE = (*_config.UNSAID, 'out', 'methods', 'ways', 'shots')
 """Options that may be others when a run goes on: they say which results there are to be."""
 
@@ -47,8 +51,9 @@ class Results:
             for name in (FILE, TABLE, PICTURE, _config.FILE):
                 (self.out / name).unlink(missing_ok=True)
             if (self.out / _output.ADAPTERS).is_dir():
-                for folder in self.adapters.glob('*-*way-*shot*'):
-                    shutil.rmtree(folder)
+                for folder in self.adapters.iterdir():
+                    if re.fullmatch(LEARNED, folder.name):
+                        shutil.rmtree(folder)
         self.adapters.mkdir(parents=True, exist_ok=True)
         _config.write(self.out / _config.FILE, self._options)
         self._write()
