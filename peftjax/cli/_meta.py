@@ -27,6 +27,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f'--steps must have one above 0; got {options.steps}')
     results = Results(options)
     todo = [(way, shape) for shape in shapes for way in ways if not results.has(way.name, *shape)]
+    if not todo:
+        say(f'{results.out} has all of these: there is nothing to go on with')
+        return 0
     examples = _ground.read(options)
     _check(options, examples, todo)
     ground = _ground.load(options, examples)
@@ -87,7 +90,7 @@ class Cells:
 
     def __init__(self, ground: Ground, options: argparse.Namespace, results: Results):
         self._ground, self._options, self._adapters = ground, options, results.adapters
-        self._made: dict[tuple[str, bool, int], Adapting] = {}
+        self._made: dict[tuple[str, bool, Shape], Adapting] = {}
 
     def record(self, way: Way, shape: Shape) -> dict[str, Any]:
         """One method on tasks of one shape."""
@@ -114,8 +117,8 @@ class Cells:
         return Drawn(episodes, tuple(counts.values()))
 
     def _adapting(self, way: Way, shape: Shape) -> Adapting:
-        """What all methods share that adapt the same phi by the same optimizer."""
-        key = (way.recipe, way.tuned, shape.ways)
+        """What all methods share that adapt the same kind of phi by the same optimizer."""
+        key = (way.recipe, way.tuned, shape)
         if key not in self._made:
             most = max(*self._options.steps, self._options.inner_steps)
             space = Space(*attached(self._ground, way.method()), shape.ways)
@@ -169,6 +172,7 @@ class Cells:
         self, way: Way, adapting: Adapting, phi: Any, valid: Drawn, test: Drawn, sharp: float
     ) -> dict[str, Any]:
         """Accuracy after each number of steps, at the rates that validation found best for it."""
+        compiled = adapting.programs.seconds
         asked = [0] if way.still else self._options.steps
         grid = way.grid()[:1] if way.still else way.grid()
         if way.still:
@@ -191,7 +195,7 @@ class Cells:
             'validation': [] if way.still else _validation(grid, table),
             'phi_parameters': _learn.sizes(phi),
             'milliseconds': None if way.still else adapting.milliseconds(phi, grid[0], test, sharp),
-            'compile_seconds': adapting.programs.seconds,
+            'compile_seconds': adapting.programs.seconds - compiled,
             'peak_bytes': adapting.programs.peak_bytes,
         }
 

@@ -101,6 +101,7 @@ def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
     assert results(tmp_path) == before
     more = ('--methods', 'nearest,logistic', '--out', tmp_path, '--resume')
     assert '1 are there' in peftjax('meta', *files, *FEW, *more).out
+    assert 'nothing to go on with' in peftjax('meta', *files, *FEW, *more).out
     first, second = results(tmp_path)
     assert first == before[0] and second['accuracy'] == results(ran)[1]['accuracy']
 

@@ -22,11 +22,11 @@ def meta_gradient(attention, first_order=False):
     encoder = Encoder(CONFIG, Compute(attention=attention))
     ids = jax.random.randint(jax.random.key(0), (TASKS, ROWS, TOKENS), 1, CONFIG.vocab_size)
     mask = (jnp.arange(TOKENS)[None] < jnp.array([[3], [6], [4]])).astype(jnp.int32)
-    params = jax.tree.map(lambda x: 4 * x, encoder.init(jax.random.key(1), ids[0])['params'])
+    params = jax.tree.map(lambda x: 2 * x, encoder.init(jax.random.key(1), ids[0])['params'])
     peft = pj.attach(pj.Lora(rank=2, target='query|value'), encoder.apply_fn, params, ids[0], mask)
     phi, forward = peft.init(jax.random.key(2), params), peft.wrap(encoder.apply_fn)
     head = jax.random.normal(jax.random.key(3), (CONFIG.hidden_size, WAYS))
-    phi = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape) / 4, phi)
+    phi = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape) / 8, phi)
 
     def loss(params, phi, rows, key):
         del key

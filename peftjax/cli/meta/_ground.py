@@ -13,8 +13,8 @@ from peftjax import data, models
 from peftjax.cli._examples import labelled
 
 PARTS = ('valid', 'test', 'train')
-"""To choose rates and checkpoints on, to judge on, to meta-train on: of the last, the largest, frozen
-methods need no features."""
+"""To choose rates and checkpoints on, to judge on, to meta-train on: of the last, the largest,
+frozen methods need no features."""
 
 ROWS = 64
 """Texts of a batch where nothing is trained."""

@@ -52,7 +52,7 @@ def _tasks(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--episodes', type=count, default=200, help='test tasks (%(default)s)')
     group.add_argument(
-        '--valid-episodes', type=count, default=40, help='validation tasks (%(default)s)'
+        '--valid-episodes', type=count, default=20, help='validation tasks (%(default)s)'
     )
     group.add_argument(
         '--steps',
