@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import quick
 
 import peftjax as pj
@@ -22,7 +21,9 @@ def meta_gradient(attention, first_order=False):
     encoder = Encoder(CONFIG, Compute(attention=attention))
     ids = jax.random.randint(jax.random.key(0), (TASKS, ROWS, TOKENS), 1, CONFIG.vocab_size)
     mask = (jnp.arange(TOKENS)[None] < jnp.array([[3], [6], [4]])).astype(jnp.int32)
-    params = jax.tree.map(lambda x: 2 * x, encoder.init(jax.random.key(1), ids[0])['params'])
+    params = jax.tree.map(
+        lambda x: 2 * x, quick.jit(encoder.init)(jax.random.key(1), ids[0])['params']
+    )
     peft = pj.attach(pj.Lora(rank=2, target='query|value'), encoder.apply_fn, params, ids[0], mask)
     phi, forward = peft.init(jax.random.key(2), params), peft.wrap(encoder.apply_fn)
     head = jax.random.normal(jax.random.key(3), (CONFIG.hidden_size, WAYS))
@@ -39,10 +40,9 @@ def meta_gradient(attention, first_order=False):
         return gradient(params, phi, (ids, ids[:, :, ::-1]), jax.random.key(4))
 
 
-@pytest.mark.parametrize('attention', ['fused', 'auto'])
-def test_the_meta_gradient_is_that_of_the_formula(attention):
+def test_the_meta_gradient_is_that_of_the_formula():
     plain, found, first = (
-        jax.tree.leaves(meta_gradient(*how)) for how in (('plain',), (attention,), ('plain', True))
+        jax.tree.leaves(meta_gradient(*how)) for how in (('plain',), ('fused',), ('plain', True))
     )
     for wanted, own, without in zip(plain, found, first, strict=True):
         size = float(np.abs(wanted).max())
