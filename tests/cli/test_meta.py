@@ -107,14 +107,13 @@ def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
 
 
 def test_every_kind_of_method_runs(files, peftjax, tmp_path):
-    some = 'full', 'prefix', 'reptile', 'prototypical', 'prototypical-tuned'
+    some = 'full', 'prefix', 'reptile', 'prototypical'
     assert peftjax('meta', *files, *FEW, '--methods', ','.join(some), '--out', tmp_path).code == 0
     found = {record['method']: record for record in results(tmp_path)}
     assert tuple(found) == some
     for name, record in found.items():
         assert record['steps'] == ([0] if name == 'prototypical' else [0, 1, 2])
         assert all(0 <= one <= 100 for one in record['accuracy'])
-    assert found['prototypical']['accuracy'] == found['prototypical-tuned']['accuracy'][:1]
     assert found['full']['phi_parameters'] > found['prefix']['phi_parameters'] == 2 * 2 * 10 * 12
     assert sorted(path.name for path in (tmp_path / 'adapters').iterdir()) == [
         'prototypical-2way-1shot', 'reptile-2way-1shot',
