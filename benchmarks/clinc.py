@@ -26,7 +26,7 @@ TEST = ('travel', 'small_talk')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description='CLINC150 as the three files of peftjax meta')
     parser.add_argument('--data', type=pathlib.Path, required=True, help='folder of CLINC150')
     parser.add_argument('--out', type=pathlib.Path, required=True, help='folder for the files')
     options = parser.parse_args()

@@ -26,7 +26,7 @@ from peftjax.cli.meta._space import Space, attached
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description='FLOPs of peftjax meta')
     parser.add_argument('--tokens', type=int, default=24, help='of a row (%(default)s)')
     parser.add_argument('--gflops', type=float, default=100.0, help='a second (%(default)s)')
     own, others = parser.parse_known_args()

@@ -131,7 +131,7 @@ class Cells:
         """Methods on frozen features: no steps, one accuracy."""
         features, took, strengths = self._ground.features, None, {}
         if way.name == 'nearest':
-            found = _frozen.nearest(features, test, shape.ways)
+            found = np.asarray(_frozen.nearest(features, test, shape.ways))
         else:
             fit = lambda episodes, strength: _frozen.logistic(
                 features, episodes, shape.ways, strength

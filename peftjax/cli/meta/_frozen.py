@@ -1,7 +1,7 @@
 """Tasks learned on features of the frozen encoder, which are computed once."""
 
+import functools
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +30,37 @@ def sharpness(features: jax.Array, episodes: data.Episode, ways: int) -> float:
     return SHARPNESS[int(losses.argmin())]
 
 
-def nearest(features: jax.Array, episodes: data.Episode, ways: int) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames='ways')
+def nearest(features: jax.Array, episodes: data.Episode, ways: int) -> jax.Array:
     """Accuracies `(tasks,)` of the nearest prototype, in percent."""
-    said = lambda support, query: _nearness(features, support, query, ways)
-    return np.asarray(_accuracies(said)(episodes))
+
+    def one(episode: data.Episode) -> jax.Array:
+        support, query = episode
+        return _accuracy(_nearness(features, support, query, ways), query)
+
+    return jax.lax.map(one, episodes)
 
 
 def logistic(
     features: jax.Array, episodes: data.Episode, ways: int, strength: float
 ) -> tuple[np.ndarray, float]:
-    """Logistic regression on each support.
+    """Logistic regression on each support, one task after the other.
 
     Returns:
-      Accuracies `(tasks,)` in percent, and milliseconds of one fit among all.
+      Accuracies `(tasks,)` in percent, and milliseconds of one fit.
     """
+    found = np.asarray(_logistic(features, strength, episodes, ways))
+    began = time.perf_counter()
+    _logistic(features, strength, episodes, ways).block_until_ready()  # compiled by now
+    return found, 1000 * (time.perf_counter() - began) / len(found)
 
-    def said(support: data.Shots, query: data.Shots) -> jax.Array:
+
+@functools.partial(jax.jit, static_argnames='ways')
+def _logistic(
+    features: jax.Array, strength: jax.Array, episodes: data.Episode, ways: int
+) -> jax.Array:
+    def one(episode: data.Episode) -> jax.Array:
+        support, query = episode
         x = features[support.inputs]
 
         def loss(head: dict[str, jax.Array]) -> jax.Array:
@@ -53,29 +68,17 @@ def logistic(
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, support.labels)
             return strength * losses.sum() + 0.5 * jnp.square(head['kernel']).sum()
 
-        head = {'kernel': jnp.zeros((x.shape[1], ways)), 'bias': jnp.zeros(ways)}
-        head = minimum(loss, head)
-        return features[query.inputs] @ head['kernel'] + head['bias'][None]
+        head = minimum(loss, {'kernel': jnp.zeros((x.shape[1], ways)), 'bias': jnp.zeros(ways)})
+        return _accuracy(features[query.inputs] @ head['kernel'] + head['bias'][None], query)
 
-    each = _accuracies(said)
-    found = np.asarray(each(episodes))
-    began = time.perf_counter()
-    each(episodes).block_until_ready()  # compiled by now
-    return found, 1000 * (time.perf_counter() - began) / len(found)
+    return jax.lax.map(one, episodes)
+
+
+def _accuracy(said: jax.Array, query: data.Shots) -> jax.Array:
+    """The part of logits that is right, in percent."""
+    return 100 * (said.argmax(-1) == query.labels).mean(dtype=jnp.float32)
 
 
 def _nearness(features: jax.Array, support: data.Shots, query: data.Shots, ways: int) -> jax.Array:
     means = meta.prototypes(features[support.inputs], jnp.asarray(support.labels), ways)
     return meta.logits(features[query.inputs], means)
-
-
-def _accuracies(
-    said: Callable[[data.Shots, data.Shots], jax.Array],
-) -> Callable[[data.Episode], jax.Array]:
-    """The accuracy on each task, one task after the other."""
-
-    def one(episode: data.Episode) -> jax.Array:
-        support, query = episode
-        return 100 * (said(support, query).argmax(-1) == query.labels).mean(dtype=jnp.float32)
-
-    return jax.jit(lambda episodes: jax.lax.map(one, episodes))
