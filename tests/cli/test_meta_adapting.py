@@ -95,7 +95,7 @@ def test_before_the_first_step_the_head_is_the_nearest_prototype():
 def test_sharpness_and_logistic_regression_look_at_features_alone():
     classes = np.arange(WORDS) % 4
     noise = np.random.default_rng(2).normal(size=(WORDS, WIDTH)) / 50
-    features = jnp.asarray(np.eye(4, WIDTH)[classes] + noise, jnp.float32)
+    features = jnp.asarray(np.eye(4, WIDTH)[classes] / 3 + noise / 5, jnp.float32)
     drawn = episodes(6)
     assert _frozen.sharpness(features, drawn, WAYS_OF_A_TASK) == max(_frozen.SHARPNESS)
     found, took = _frozen.logistic(features, drawn, WAYS_OF_A_TASK, 10.0)
