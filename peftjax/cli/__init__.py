@@ -1,4 +1,4 @@
-"""The command line: `compare`, `tune`, `predict`, `generate`, `inspect`, `plan`, `merge`, …"""
+"""The command line: `compare`, `meta`, `tune`, `predict`, `generate`, `inspect`, `plan`, …"""
 
 import importlib
 import os

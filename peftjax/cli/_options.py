@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from peftjax.cli import _config, _distributed, _folder_options, _mesh, _method_options
 from peftjax.cli._numbers import count, part, positive, seed
 from peftjax.cli.language import _options as language
+from peftjax.cli.meta import _options as meta
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return _parsers()[0]
 
 
-WITH_FILE = ('compare', 'tune')
+WITH_FILE = ('compare', 'tune', 'meta')
 """The commands that take `--config`: those whose `--out` is the folder of a run."""
 
 
@@ -50,7 +51,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         prog='peftjax', description='Parameter-efficient fine-tuning for any JAX function.'
     )
     commands = whole.add_subparsers(dest='command', required=True, metavar='command')
-    for add in (_compare, _tune, _predict, _generate, _inspect, *_folder_options.COMMANDS):
+    for add in (_compare, _meta, _tune, _predict, _generate, _inspect, *_folder_options.COMMANDS):
         add(commands)
     for name in WITH_FILE:
         _config.add_option(commands.choices[name])
@@ -74,6 +75,11 @@ def _compare(commands: Any) -> None:
     )
     sub.add_argument('--out', default='runs/compare', help='folder for the results (%(default)s)')
     sub.add_argument('--overwrite', action='store_true', help='replace earlier results in --out')
+
+
+def _meta(commands: Any) -> None:
+    about = 'compare ways of learning new labels from a few examples, meta-learned ones among them'
+    meta.add(commands.add_parser('meta', help=about, description=about))
 
 
 def _tune(commands: Any) -> None:

@@ -41,11 +41,11 @@ def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray) -> tuple[Head
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
         return STRENGTH * losses.sum() + 0.5 * jnp.square(head['kernel']).sum()
 
-    head = _minimum(loss, zeros)
+    head = minimum(loss, zeros)
     return {'kernel': head['kernel'] / scale, 'bias': head['bias']}, programs.peak_bytes
 
 
-def _minimum(
+def minimum(
     loss: Callable[[Head], jax.Array], head: Head, most: int = 500, tolerance: float = 1e-5
 ) -> Head:
     """The minimum of a convex function, by L-BFGS."""

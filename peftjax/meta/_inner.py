@@ -1,6 +1,6 @@
 """The inner loop: phi adapted to one task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ from peftjax.train import LossFn
 
 Adapt = Callable[[PyTree, Phi, Any, Array], Phi]
 """`adapt(params, phi, support, key) -> phi`, of one task."""
+
+Begin = Callable[[PyTree, Phi, Any, Array], Mapping[str, Any]]
+"""`begin(params, phi, support, key)`, what a task begins with beside phi, by names of its own."""
 
 
 def adapter(
@@ -78,6 +81,23 @@ def inner(
         return joined(mine, phi)
 
     return adapt
+
+
+def begun(begin: Begin | None, params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
+    """Phi, and beside it what this task begins with.
+
+    Raises:
+      ValueError: phi has a part of that name, which a task would begin without.
+    """
+    if begin is None:
+        return phi
+    own = begin(params, phi, support, key)
+    if both := sorted(set(phi) & set(own)):
+        raise ValueError(
+            f'what begin gives must stand beside phi: both have {both}. Give it another name, or '
+            'leave it out of phi'
+        )
+    return {**phi, **own}
 
 
 def value(loss: LossFn, params: PyTree, phi: Phi, batch: Any, key: Array) -> Array:

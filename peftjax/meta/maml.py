@@ -10,7 +10,7 @@ import jax
 import optax
 
 from peftjax._types import Array, Phi, PyTree, Target
-from peftjax.meta._inner import inner, value
+from peftjax.meta._inner import Begin, begun, inner, value
 from peftjax.meta._learner import Learner, over_tasks, with_own_gradient
 from peftjax.train import LossFn
 
@@ -22,6 +22,7 @@ def maml(
     steps: int,
     target: Target | None = None,
     first_order: bool = False,
+    begin: Begin | None = None,
 ) -> Learner:
     """Model-agnostic meta-learning, and what is made of it by leaving something out.
 
@@ -36,13 +37,16 @@ def maml(
       steps: of the inner loop.
       target: regex, or several, searched in the paths of phi's leaves: those alone adapt.
       first_order: whether second derivatives are left out.
+      begin: `begin(params, phi, support, key)`, what each task begins with beside phi, a dict with
+        names of its own, as `{'head': ...}` of the support's prototypes (Proto-MAML). It adapts
+        with phi, is not learned itself, and the gradient goes through it, at first order too.
 
     Returns:
       The learner; what it trains is phi.
 
     Raises:
-      ValueError: `steps` is not positive, or (when called) a target finds nothing, or the leaves of
-        tasks are not as many.
+      ValueError: `steps` is not positive, or (when called) a target finds nothing, the leaves of
+        tasks are not as many, or `begin` gives what phi has.
       TypeError: (when called) tasks are no pair.
 
     Example:
@@ -60,20 +64,26 @@ def maml(
     First-Order Meta-Learning Algorithms, 2018, arXiv:1803.02999, section 2; Raghu et al., Rapid
     Learning or Feature Reuse?, 2020, arXiv:1909.09157, section 4.
     """
-    adapt = inner(loss, tx, steps, target)
+    steps_of_one = inner(loss, tx, steps, target)
+
+    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
+        return steps_of_one(params, begun(begin, params, phi, support, key), support, key)
+
+    def judged(params: PyTree, phi: Phi, query: Any, key: Array) -> Array:
+        return value(loss, params, phi, query, jax.random.fold_in(key, steps))
 
     def one(params: PyTree, phi: Phi, task: tuple[Any, Any], key: Array) -> Array:
         support, query = task
-        phi = adapt(params, phi, support, key)
-        return value(loss, params, phi, query, jax.random.fold_in(key, steps))
+        return judged(params, adapt(params, phi, support, key), query, key)
 
     def where_it_ended(
         params: PyTree, phi: Phi, task: tuple[Any, Any], key: Array
     ) -> tuple[Array, Phi]:
         support, query = task
-        phi = adapt(params, phi, support, key)
-        judged = lambda phi: value(loss, params, phi, query, jax.random.fold_in(key, steps))
-        return jax.value_and_grad(judged)(phi)
+        own, back = jax.vjp(lambda phi: begun(begin, params, phi, support, key), phi)
+        ended = steps_of_one(params, own, support, key)
+        found, gradient = jax.value_and_grad(judged, argnums=1)(params, ended, query, key)
+        return found, back(gradient)[0]
 
     own = with_own_gradient(where_it_ended) if first_order else one
     return Learner(lambda phi: phi, over_tasks(own), jax.jit(adapt))

@@ -9,13 +9,18 @@ import jax
 import optax
 
 from peftjax._types import Array, Phi, PyTree, Target
-from peftjax.meta._inner import inner, value
+from peftjax.meta._inner import Begin, begun, inner, value
 from peftjax.meta._learner import Learner, over_tasks, with_own_gradient
 from peftjax.train import LossFn
 
 
 def reptile(
-    loss: LossFn, tx: optax.GradientTransformation, *, steps: int, target: Target | None = None
+    loss: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    steps: int,
+    target: Target | None = None,
+    begin: Begin | None = None,
 ) -> Learner:
     """Reptile: the gradient of a task is phi less what the inner loop makes of it.
 
@@ -29,6 +34,7 @@ def reptile(
       tx: the inner optimizer; it is not differentiated through.
       steps: of the inner loop, at least 2: one is training on all tasks together.
       target: regex, or several, searched in the paths of phi's leaves: those alone are trained.
+      begin: as of `maml`; what a task begins with beside phi adapts with it, and is not learned.
 
     Returns:
       The learner; what it trains is phi.
@@ -52,12 +58,16 @@ def reptile(
             f'Reptile needs at least 2 steps: received {steps}. After one, its gradient is that of '
             'training on all tasks together'
         )
-    adapt = inner(loss, tx, steps, target)
+    steps_of_one = inner(loss, tx, steps, target)
+
+    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
+        return steps_of_one(params, begun(begin, params, phi, support, key), support, key)
 
     def moved(params: PyTree, phi: Phi, task: tuple[Any, Any], key: Array) -> tuple[Array, Phi]:
         support, query = task
         ended = adapt(params, phi, support, key)
         judged = value(loss, params, ended, query, jax.random.fold_in(key, steps))
-        return judged, jax.tree.map(lambda start, end: start - end, phi, ended)
+        learned = ended if begin is None else {name: ended[name] for name in phi}
+        return judged, jax.tree.map(lambda start, end: start - end, phi, learned)
 
     return Learner(lambda phi: phi, over_tasks(with_own_gradient(moved)), jax.jit(adapt))

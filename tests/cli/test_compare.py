@@ -103,7 +103,7 @@ def test_list_prints_all_methods_and_ends(peftjax):
 
 def test_the_readme_is_right_about_the_commands():
     text = README.read_text()
-    names = 'compare|tune|predict|generate|inspect'  # with arguments; a name alone is no call
+    names = 'compare|meta|tune|predict|generate|inspect'  # with arguments; a name alone is no call
     for command in re.findall(rf'peftjax ((?:{names}) [^`\n]+)', text):
         parser().parse_args(shlex.split(command))
     assert 'compares nine ways' in text and len(DEFAULT) == 9

@@ -1,0 +1,99 @@
+"""Counts what `peftjax meta` computes, before it is run: FLOPs by method and shape of tasks.
+
+    python benchmarks/meta_cost.py --ways 5,10 --shots 1,5,10 [--tokens 24] [--gflops 100]
+
+One JSON line each: FLOPs of products in the traced programs (`peftjax/_flops.py`; nothing is
+compiled or run), for validation and test, or for meta-training; and minutes, if products run at so
+many GFLOP/s. The options are those of the command, with its defaults.
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import data, models
+from peftjax._flops import flops
+from peftjax.cli._options import parse
+from peftjax.cli.meta import _learn
+from peftjax.cli.meta._adapt import Adapting, Drawn
+from peftjax.cli.meta._ground import Ground, Part
+from peftjax.cli.meta._learn import Meta, Shape
+from peftjax.cli.meta._methods import WAYS, Way
+from peftjax.cli.meta._space import Space, attached
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='FLOPs of peftjax meta')
+    parser.add_argument('--tokens', type=int, default=24, help='of a row (%(default)s)')
+    parser.add_argument('--gflops', type=float, default=100.0, help='a second (%(default)s)')
+    own, others = parser.parse_known_args()
+    options = parse(['meta', '--train=-', '--valid=-', '--test=-', *others])
+    ground = empty(options.model, own.tokens)
+    for ways in options.ways:
+        for shots in options.shots:
+            for way in WAYS.values():
+                if way.recipe:
+                    for row in counted(ground, way, Shape(ways, shots), options):
+                        row['minutes'] = round(row['gflop'] / own.gflops / 60, 1)
+                        print(json.dumps(row), flush=True)
+
+
+def empty(model: str, tokens: int) -> Ground:
+    """The encoder, and one text."""
+    loaded = models.load_encoder(model or models.default_model_path())
+    row = jnp.zeros((1, tokens), jnp.int32)
+    theta = {'params': loaded.params, 'ids': row, 'mask': row, 'size': jnp.float32(1)}
+    theta['sharpness'] = jnp.float32(1)
+    parts = {'train': Part('train', np.repeat(np.arange(99, dtype=np.int32), 99), 0)}
+    return Ground(model, loaded.model.apply_fn, theta, jnp.zeros((1, 1)), parts, tokens)
+
+
+def counted(ground: Ground, way: Way, shape: Shape, options: argparse.Namespace) -> list[dict]:
+    """What adapting costs, and what learning phi costs: said once, where it is not tuned."""
+    space = Space(*attached(ground, way.method()), shape.ways)
+    phi = jax.eval_shape(space.peft.init, jax.random.key(0), ground.theta['params'])
+    said = {'method': way.name, **shape._asdict()}
+    found = [said | {'of': 'adapting', 'gflop': adapting(ground, space, way, shape, options, phi)}]
+    if way.learner and not way.tuned:
+        judged = Adapting(ground.theta, space, way, options.inner_steps)
+        none = Drawn(shots(shape, options.queries), (1, 1))
+        meta = Meta(ground, way, shape, judged, none, 1.0, options)
+        tasks = next(_learn.episodes(meta))
+        loss = _learn.loss(meta, way.grid()[0])
+        of_step = flops(
+            jax.make_jaxpr(jax.grad(loss, argnums=1))(ground.theta, phi, tasks, jax.random.key(0))
+        )
+        found.append(said | {'of': 'meta-training', 'gflop': options.meta_steps * of_step / 1e9})
+    return found
+
+
+def adapting(ground, space: Space, way: Way, shape: Shape, options, phi) -> float:
+    """GFLOPs of validation at all rates, and of the test at those that were chosen for some steps
+    (as if two were)."""
+    task = shots(shape, options.queries)
+    support, query = (jax.tree.map(lambda x: x[0], half) for half in task)
+    count = lambda fn, *args: flops(jax.make_jaxpr(fn)(ground.theta, *args)) / 1e9
+    begin = count(space.begin, phi, support)
+    head = jax.eval_shape(space.begin, ground.theta, phi, support)
+    judge = count(space.accuracy, {**phi, **head}, query)
+    if way.still:
+        return options.episodes * (begin + judge)
+    step = count(jax.grad(space.loss, argnums=1), {**phi, **head}, support, None)
+    once = begin + max(options.steps) * step + len(options.steps) * judge
+    chosen = begin + max(options.steps) * step  # the second rate judges nothing twice
+    return (options.valid_episodes * len(way.grid()) + options.episodes) * once + (
+        options.episodes * chosen
+    )
+
+
+def shots(shape: Shape, queries: int) -> data.Episode:
+    """One task of the shape."""
+    labels = np.repeat(np.arange(99, dtype=np.int32), 99)
+    return next(data.Episodes(labels, **shape._asdict(), queries=queries, tasks=1, seed=0))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,208 @@
+"""`peftjax meta`: what helps to learn new labels from a few examples, and in how many steps?"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from peftjax import data
+from peftjax.cli._terminal import progress, say
+from peftjax.cli.meta import _frozen, _ground, _learn, _record
+from peftjax.cli.meta._adapt import Adapting, Drawn
+from peftjax.cli.meta._ground import Ground
+from peftjax.cli.meta._learn import Meta, Shape
+from peftjax.cli.meta._methods import WAYS, Rates, Way, chosen
+from peftjax.cli.meta._results import FILE, PICTURE, TABLE, Results
+from peftjax.cli.meta._space import Space, attached
+
+VALID, TEST = 1, 2
+"""What is added to the seed for episodes of validation and of the test."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    ways = chosen(options.methods)
+    shapes = [Shape(n, k) for n in options.ways for k in options.shots]
+    if not any(options.steps) and any(not way.still for way in ways):
+        raise ValueError(f'--steps must have one above 0; got {options.steps}')
+    results = Results(options)
+    todo = [(way, shape) for shape in shapes for way in ways if not results.has(way.name, *shape)]
+    if not todo:
+        say(f'{results.out} has all of these: there is nothing to go on with')
+        return 0
+    examples = _ground.read(options)
+    _check(options, examples, todo)
+    ground = _ground.load(options, examples)
+    results.begin()
+    say(_about(ground, options, len(todo), len(results.records)))
+    with progress(len(todo)) as bar:
+        cells = Cells(ground, options, results)
+        for way, shape in todo:
+            bar.set_description(f'{way.name}, {shape.ways} ways, {shape.shots} shots')
+            results.add(cells.record(way, shape))
+            bar.write(_record.line(results.records[-1]))
+            bar.update()
+    say('\n' + _record.table(results.records))
+    results.draw()
+    say(f'\nwritten to {results.out}: {FILE}, {TABLE}, {PICTURE}, {results.adapters.name}/')
+    return 0
+
+
+def _check(
+    options: argparse.Namespace, examples: dict[str, data.Examples], todo: list[tuple[Way, Shape]]
+) -> None:
+    """Refuses tasks that the files have too few labels or texts for, before any work."""
+    for name, own in examples.items():
+        part = _ground.Part(name, own.labels, 0)
+        for way, shape in todo:
+            if name != 'train':
+                _episodes(part, shape, options, 1, 0)
+            if name != 'test' and way.learner is not None:
+                _episodes(part, _meta_shape(options, shape), options, 1, 0)
+
+
+def _episodes(
+    part: _ground.Part, shape: Shape, options: argparse.Namespace, tasks: int, seed: int
+) -> data.Episode:
+    """So many tasks of one file."""
+    queries = options.queries
+    return next(part.episodes(ways=shape.ways, shots=shape.shots, queries=queries, tasks=tasks,
+                              seed=seed))  # fmt: skip
+
+
+def _meta_shape(options: argparse.Namespace, shape: Shape) -> Shape:
+    return Shape(options.meta_ways or shape.ways, options.meta_shots or shape.shots)
+
+
+def _about(ground: Ground, options: argparse.Namespace, todo: int, done: int) -> str:
+    labels = ', '.join(
+        f'{len(set(ground.parts[name].labels.tolist()))} to {what}'
+        for name, what in (('train', 'meta-train'), ('valid', 'validate'), ('test', 'test'))
+    )
+    return (
+        f'labels: {labels}; {ground.length} tokens a text; {options.episodes} tasks for each of '
+        f'{todo} results' + (f', {done} are there' if done else '')
+    )
+
+
+class Cells:
+    """Results one by one; episodes are those of their shape, the same for all methods."""
+
+    def __init__(self, ground: Ground, options: argparse.Namespace, results: Results):
+        self._ground, self._options, self._adapters = ground, options, results.adapters
+        self._made: dict[tuple[str, bool, Shape], Adapting] = {}
+
+    def record(self, way: Way, shape: Shape) -> dict[str, Any]:
+        """One method on tasks of one shape."""
+        valid, test = self._drawn('valid', shape), self._drawn('test', shape)
+        sharp = self._sharpness(shape)
+        said = {'method': way.name, 'about': way.about, **shape._asdict()}
+        said |= {'episodes': self._options.episodes, 'sharpness': sharp}
+        said |= {'head_parameters': shape.ways * (self._ground.features.shape[1] + 1)}
+        if not way.recipe:
+            return said | self._frozen(way, shape, valid.episodes, test.episodes)
+        adapting = self._adapting(way, shape)
+        phi, meta = self._start(way, shape)
+        return said | self._adapted(way, adapting, phi, valid, test, sharp) | {'meta': meta}
+
+    def _sharpness(self, shape: Shape) -> float:
+        valid = self._drawn('valid', shape).episodes
+        return _frozen.sharpness(self._ground.features, valid, shape.ways)
+
+    def _drawn(self, name: str, shape: Shape) -> Drawn:
+        options, part = self._options, self._ground.parts[name]
+        counts = {'valid': options.valid_episodes, 'test': options.episodes}
+        seed = options.seed + {'valid': VALID, 'test': TEST}[name]
+        episodes = _episodes(part, shape, options, counts[name], seed)
+        return Drawn(episodes, tuple(counts.values()))
+
+    def _adapting(self, way: Way, shape: Shape) -> Adapting:
+        """What all methods share that adapt the same kind of phi by the same optimizer."""
+        key = (way.recipe, way.tuned, shape)
+        if key not in self._made:
+            most = max(*self._options.steps, self._options.inner_steps)
+            space = Space(*attached(self._ground, way.method()), shape.ways)
+            self._made[key] = Adapting(self._ground.theta, space, way, most)
+        return self._made[key]
+
+    def _frozen(
+        self, way: Way, shape: Shape, valid: data.Episode, test: data.Episode
+    ) -> dict[str, Any]:
+        """Methods on frozen features: no steps, one accuracy."""
+        features, took, strengths = self._ground.features, None, {}
+        if way.name == 'nearest':
+            found = np.asarray(_frozen.nearest(features, test, shape.ways))
+        else:
+            fit = lambda episodes, strength: _frozen.logistic(
+                features, episodes, shape.ways, strength
+            )
+            strengths = {s: float(fit(valid, s)[0].mean()) for s in _frozen.STRENGTHS}
+            found, took = fit(test, max(strengths, key=lambda s: strengths[s]))
+        return {
+            'steps': [0],
+            'accuracy': _record.means(found[:, None]),
+            'interval': _record.interval(found[:, None]),
+            'rates': None,
+            'validation': [{'strength': s, 'accuracy': [a]} for s, a in strengths.items()],
+            'phi_parameters': 0,
+            'milliseconds': took,
+            'compile_seconds': 0.0,
+            'peak_bytes': features.nbytes,
+            'meta': None,
+        }
+
+    def _start(self, way: Way, shape: Shape) -> tuple[Any, dict[str, Any] | None]:
+        """The phi that tasks begin with, and how it was learned."""
+        if way.learner is None:
+            space = self._adapting(way, shape).space
+            return _learn.fresh(space, self._ground, self._options.seed), None
+        own, inner = _meta_shape(self._options, shape), WAYS[way.learner]
+        meta = Meta(
+            self._ground,
+            inner,
+            own,
+            self._adapting(inner, own),
+            self._drawn('valid', own),
+            self._sharpness(own),
+            self._options,
+        )
+        return _learn.learned(meta, self._adapters)
+
+    def _adapted(
+        self, way: Way, adapting: Adapting, phi: Any, valid: Drawn, test: Drawn, sharp: float
+    ) -> dict[str, Any]:
+        """Accuracy after each number of steps, at the rates that validation found best for it."""
+        compiled = adapting.programs.seconds
+        asked = [0] if way.still else self._options.steps
+        grid = way.grid()[:1] if way.still else way.grid()
+        if way.still:
+            table = np.zeros((1, 1))
+        else:
+            found = [adapting.accuracies(phi, rates, valid, sharp, asked) for rates in grid]
+            table = np.stack([one.mean(0) for one in found])
+        best = table.argmax(0)
+        found = np.empty((len(test.episodes.support.labels), len(asked)), np.float32)
+        for i in sorted(set(best.tolist())):
+            columns = np.flatnonzero(best == i)
+            steps = [asked[c] for c in columns]
+            found[:, columns] = adapting.accuracies(phi, grid[i], test, sharp, steps)
+        rates = [None if step == 0 else list(grid[i]) for step, i in zip(asked, best, strict=True)]
+        return {
+            'steps': list(asked),
+            'accuracy': _record.means(found),
+            'interval': _record.interval(found),
+            'rates': rates,
+            'validation': [] if way.still else _validation(grid, table),
+            'phi_parameters': _learn.sizes(phi),
+            'milliseconds': None if way.still else adapting.milliseconds(phi, grid[0], test, sharp),
+            'compile_seconds': adapting.programs.seconds - compiled,
+            'peak_bytes': adapting.programs.peak_bytes,
+        }
+
+
+def _validation(grid: tuple[Rates, ...], table: np.ndarray) -> list[dict[str, Any]]:
+    """What validation found, so that rates at the edge of the grid are seen."""
+    return [
+        {'rates': list(rates), 'accuracy': [round(float(one), 3) for one in row]}
+        for rates, row in zip(grid, table, strict=True)
+    ]

@@ -1,0 +1,136 @@
+"""The encoder and the texts of three files, both on the device: tasks are positions in them."""
+
+import argparse
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import data, models
+from peftjax.cli._examples import labelled
+
+PARTS = ('valid', 'test', 'train')
+"""To choose rates and checkpoints on, to judge on, to meta-train on: of the last, the largest,
+frozen methods need no features."""
+
+ROWS = 64
+"""Texts of a batch where nothing is trained."""
+
+
+class Part(NamedTuple):
+    """The texts of one file.
+
+    Attributes:
+      option: that named the file.
+      labels: `(n,)` integers.
+      first: position of its first text among those of all files.
+    """
+
+    option: str
+    labels: np.ndarray
+    first: int
+
+    def episodes(
+        self, *, ways: int, shots: int, queries: int, tasks: int, seed: int
+    ) -> data.Episodes:
+        """Tasks of these texts, as positions among all.
+
+        Raises:
+          ValueError: the file has too few labels, or one has too few texts.
+        """
+        numbers = {'ways': ways, 'shots': shots, 'queries': queries, 'tasks': tasks, 'seed': seed}
+        rows = lambda index: index + np.int32(self.first)
+        try:
+            return data.Episodes(self.labels, **numbers, rows=rows)
+        except ValueError as error:
+            raise ValueError(f'--{self.option}: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What all methods stand on.
+
+    Attributes:
+      model: folder or hub name, empty for the default model.
+      apply: `apply(params, ids, attention_mask=…)` to hidden states.
+      theta: `params`; `ids` and `mask` `(texts, tokens)`; `size`, the root of the mean squared
+        norm of frozen features of texts to validate on, by which all features are divided.
+      features: `(texts, width)` of those to validate and to test on, frozen, divided by `size`.
+      parts: by name.
+      max_tokens: longer texts were cut.
+    """
+
+    model: str
+    apply: Any
+    theta: dict[str, Any]
+    features: jax.Array
+    parts: dict[str, Part]
+    max_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.theta['ids'].shape[1]
+
+
+def read(options: argparse.Namespace) -> dict[str, data.Examples]:
+    """The examples of the three files.
+
+    Raises:
+      ValueError: two files share a label.
+    """
+    found = {name: labelled(getattr(options, name), options) for name in PARTS}
+    for one, other in itertools.combinations(PARTS, 2):
+        if both := sorted(set(found[one].names) & set(found[other].names)):
+            raise ValueError(
+                '--train, --valid and --test must have labels that no two of them share: '
+                f'--{one} and --{other} both have {both[0]!r} ({len(both)} in all). A task of '
+                'known labels is not new; leave each in one of the files'
+            )
+    return found
+
+
+def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Ground:
+    """The encoder, and all texts as tokens, on the device."""
+    folder = options.model or models.default_model_path()
+    loaded, tokenizer = models.load_encoder(folder), models.load_tokenizer(folder)
+    texts, parts = [], {}
+    for name, own in examples.items():
+        parts[name] = Part(name, own.labels, len(texts))
+        texts += own.texts
+    # every multiple of eight: with few rows of few tokens, padding is most of what is computed
+    lengths = range(8, options.max_tokens + 8, 8)
+    pad = loaded.config.pad_token_id
+    tokens = data.encode(tokenizer, texts, options.max_tokens, pad_id=pad, lengths=lengths)
+    theta = {
+        'params': loaded.params,
+        'ids': jnp.asarray(tokens.input_ids),
+        'mask': jnp.asarray(tokens.attention_mask),
+    }
+    features = _features(loaded.model.apply_fn, theta, parts['train'].first)
+    size = float(np.sqrt(np.square(features[: parts['test'].first]).sum(-1).mean()))
+    theta['size'] = jnp.float32(size)
+    return Ground(
+        options.model,
+        loaded.model.apply_fn,
+        theta,
+        jnp.asarray(features / size),
+        parts,
+        options.max_tokens,
+    )
+
+
+def _features(apply: Any, theta: dict[str, Any], count: int) -> np.ndarray:
+    """Mean hidden states of the first texts, once for all frozen methods."""
+
+    @jax.jit
+    def some(theta: dict[str, Any], index: jax.Array) -> jax.Array:
+        ids, mask = theta['ids'][index], theta['mask'][index]
+        return models.mean_pool(apply(theta['params'], ids, attention_mask=mask), mask)
+
+    starts = range(0, count, ROWS)
+    index = [np.minimum(np.arange(start, start + ROWS), count - 1) for start in starts]
+    return np.concatenate([np.asarray(some(theta, one)) for one in index])[:count]

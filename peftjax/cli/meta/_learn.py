@@ -1,0 +1,223 @@
+"""Meta-trains a phi; a training that is cut off goes on from its last checkpoint."""
+
+import argparse
+import pathlib
+import shutil
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import peftjax as pj
+from peftjax import checkpoint, data
+from peftjax.cli import _saved
+from peftjax.cli._programs import Programs
+from peftjax.cli.meta._adapt import Adapting, Drawn, descent
+from peftjax.cli.meta._ground import Ground
+from peftjax.cli.meta._methods import Rates, Way
+from peftjax.cli.meta._space import Space
+
+CLIP = 1.0
+"""The most that the norm of a gradient over tasks may be."""
+
+EVALUATIONS = 10
+"""How often phi is judged on validation episodes; the best one is kept."""
+
+
+class Shape(NamedTuple):
+    """Tasks that phi is meta-trained on."""
+
+    ways: int
+    shots: int
+
+
+class Meta(NamedTuple):
+    """A phi to learn.
+
+    Attributes:
+      ground: encoder and texts.
+      way: by which learner.
+      shape: of the tasks.
+      adapting: judges on validation episodes of that shape.
+      valid: those episodes.
+      sharpness: of the heads that tasks begin with.
+      options: as parsed.
+    """
+
+    ground: Ground
+    way: Way
+    shape: Shape
+    adapting: Adapting
+    valid: Drawn
+    sharpness: float
+    options: argparse.Namespace
+
+    @property
+    def space(self) -> Space:
+        """The method."""
+        return self.adapting.space
+
+    @property
+    def name(self) -> str:
+        """Of the folder of what is learned."""
+        return f'{self.way.learner}-{self.shape.ways}way-{self.shape.shots}shot'
+
+    def fresh(self) -> Any:
+        """Phi to begin with; the seed draws it."""
+        return fresh(self.space, self.ground, self.options.seed)
+
+    def judge(self, phi: Any, rates: Rates) -> float:
+        """Mean accuracy on validation episodes where the inner loop ends."""
+        steps = (0,) if self.way.still else (self.options.inner_steps,)
+        return float(self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps).mean())
+
+
+def fresh(space: Space, ground: Ground, seed: int) -> Any:
+    """A phi that nothing has trained."""
+    return jax.jit(space.peft.init)(jax.random.key(seed), ground.theta['params'])
+
+
+def learned(meta: Meta, folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    """What is learned: found where an earlier run left it, or trained and left there.
+
+    Args:
+      meta: what to learn.
+      folder: of adapters.
+
+    Returns:
+      Phi, and what is known of its training.
+    """
+    place = folder / meta.name
+    if (place / checkpoint.ADAPTER).is_file():
+        found = checkpoint.load(place)
+        found.check(meta.ground.theta['params'])
+        return found.phi, found.metadata['meta']
+    states = place.with_name(f'{meta.name}.states')
+    phi, about = _trained(meta, states)
+    metadata = {
+        'task': 'few-shot',
+        'model': _saved.lasting(meta.ground.model),
+        'max_tokens': meta.ground.max_tokens,
+        'method': meta.way.learner,
+        'meta': about,
+    }
+    params = meta.ground.theta['params']
+    checkpoint.save(place, meta.space.peft, phi, params=params, metadata=metadata)
+    shutil.rmtree(states, ignore_errors=True)
+    return phi, about
+
+
+def _trained(meta: Meta, states: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    options = meta.options
+    theta = meta.ground.theta | {'sharpness': np.float32(meta.sharpness)}
+    rates = _inner_rates(meta)
+    tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(options.meta_rate))
+    step = Programs(pj.train_step(loss(meta, rates), tx))
+    start = pj.start(tx, meta.fresh(), jax.random.key(options.seed), keep_best=True)
+    tasks, clock = episodes(meta), Clock(lambda phi: meta.judge(phi, rates))
+    every = max(1, options.meta_steps // EVALUATIONS)
+    keep = pj.Every(every, pj.KeepBest(clock.judge, maximize=True))
+    settings = {'rates': list(rates), 'tasks': options.meta_tasks, 'rate': options.meta_rate}
+    with pj.Checkpoints(states, meta.space.peft, theta['params'], settings=settings) as saved:
+        state = saved.resume(start, tasks)
+        done = int(state.step)
+        if done < options.meta_steps:
+            step.prepare(theta, state, _first(tasks))
+        with clock:
+            state = pj.fit(
+                step, theta, state, tasks, steps=options.meta_steps, events=[keep],
+                checkpoints=saved, save_every=every,
+            )  # fmt: skip
+    assert state.best is not None
+    about = {
+        'learner': meta.way.learner,
+        **meta.shape._asdict(),
+        'sharpness': meta.sharpness,
+        'inner_rates': None if meta.way.still else list(rates),
+        'steps': options.meta_steps,
+        'tasks_a_step': options.meta_tasks,
+        'best_step': int(state.best.step),
+        'validation_accuracy': float(state.best.value),
+        'seconds': clock.seconds * options.meta_steps / max(1, options.meta_steps - done),
+        'compile_seconds': step.seconds,
+        'peak_bytes': step.peak_bytes,
+    }
+    return state.best.phi, about
+
+
+class Clock:
+    """The seconds of training, without those of judging.
+
+    Attributes:
+      seconds: so far.
+    """
+
+    def __init__(self, judge: Any):
+        self._judge, self._began, self.seconds = judge, 0.0, 0.0
+
+    def judge(self, step: int, phi: Any) -> float:
+        """What is judged, while the clock stands."""
+        jax.block_until_ready(phi)
+        began = time.perf_counter()
+        found = self._judge(phi)
+        self._began += time.perf_counter() - began
+        return found
+
+    def __enter__(self) -> 'Clock':
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def _inner_rates(meta: Meta) -> Rates:
+    """The rates of the inner loop: those that do best for a fresh phi on validation episodes."""
+    if meta.way.still:
+        return meta.way.grid()[0]  # there is no inner loop
+    phi = meta.fresh()
+    return max(meta.way.grid(), key=lambda rates: meta.judge(phi, rates))
+
+
+def loss(meta: Meta, rates: Rates) -> Any:
+    """The loss over tasks."""
+    space, steps = meta.space, meta.options.inner_steps
+    match meta.way.learner:
+        case 'maml' | 'fomaml':
+            first = meta.way.learner == 'fomaml'
+            return pj.meta.maml(
+                space.loss, descent(rates), steps=steps, first_order=first, begin=space.begin
+            ).loss
+        case 'reptile':
+            return pj.meta.reptile(space.loss, descent(rates), steps=steps, begin=space.begin).loss
+        case _:
+            return pj.meta.prototypical(space.embed, ways=space.ways, scale=meta.sharpness).loss
+
+
+def episodes(meta: Meta) -> data.Episodes:
+    """Tasks to train on. Reptile looks at supports alone: its supports have the queries too."""
+    options, shots, queries = meta.options, meta.shape.shots, meta.options.queries
+    if meta.way.learner == 'reptile':
+        shots, queries = shots + queries, 1
+    return meta.ground.parts['train'].episodes(
+        ways=meta.shape.ways,
+        shots=shots,
+        queries=queries,
+        tasks=options.meta_tasks,
+        seed=options.seed,
+    )
+
+
+def _first(tasks: data.Episodes) -> data.Episode:
+    """A batch of the shape of those that follow; none of them is taken."""
+    where = tasks.state()
+    one = next(tasks)
+    tasks.restore(where)
+    return one
+
+
+def sizes(phi: Any) -> int:
+    """The numbers of a phi."""
+    return int(np.sum([leaf.size for leaf in jax.tree.leaves(phi)]))

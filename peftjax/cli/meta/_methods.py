@@ -1,0 +1,106 @@
+"""The ways of learning a few-shot task that `peftjax meta` knows."""
+
+import dataclasses
+import itertools
+from typing import Literal, NamedTuple
+
+from peftjax import Method, Trainable
+from peftjax.cli._recipes import RECIPES
+
+Learner = Literal['maml', 'fomaml', 'reptile', 'prototypical']
+
+
+class Rates(NamedTuple):
+    """Learning rates of an adaptation."""
+
+    body: float
+    head: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way of learning a task.
+
+    Attributes:
+      name: on the command line.
+      about: one line of help.
+      recipe: of `peftjax compare`, what phi is; empty where nothing is adapted.
+      learner: what phi was meta-learned by; None for a fresh one.
+      tuned: whether Adam adapts; otherwise it is plain gradient descent, the inner loop's.
+    """
+
+    name: str
+    about: str
+    recipe: str = ''
+    learner: Learner | None = None
+    tuned: bool = False
+
+    @property
+    def still(self) -> bool:
+        """Whether no steps are made on a task."""
+        return not self.recipe or (self.learner == 'prototypical' and not self.tuned)
+
+    def method(self) -> Method:
+        """What phi is of."""
+        if self.recipe == 'full':
+            return Trainable(target='.')  # here the encoder has no head of its own
+        build = RECIPES[self.recipe].build
+        assert build is not None
+        return build()
+
+    def grid(self) -> tuple[Rates, ...]:
+        """The rates that validation chooses among."""
+        body, of_head = GRIDS[self.recipe] if self.tuned else DESCENT
+        return tuple(itertools.starmap(Rates, itertools.product(body, of_head)))
+
+
+LEARNED = 'lora'
+"""What is meta-learned."""
+
+ADAM_HEAD = (3e-3, 3e-2)
+GRIDS = {
+    'full': ((3e-5, 1e-4, 3e-4), ADAM_HEAD),
+    'lora': ((1e-3, 3e-3, 1e-2), ADAM_HEAD),
+    'adapter': ((1e-3, 3e-3, 1e-2), ADAM_HEAD),
+    'prefix': ((1e-2, 3e-2, 1e-1), ADAM_HEAD),
+}
+"""Rates of Adam by recipe, of the method and of the head."""
+
+DESCENT = ((3e-2, 1e-1, 3e-1), (1e-1, 1.0))
+"""Rates of plain gradient descent."""
+
+_LEARNERS: dict[Learner, str] = {
+    'maml': 'MAML',
+    'fomaml': 'MAML without second derivatives',
+    'reptile': 'Reptile',
+    'prototypical': 'prototypical training',
+}
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way('nearest', 'nearest prototype, encoder frozen'),
+        Way('logistic', 'logistic regression, encoder frozen'),
+        *(Way(name, f'{RECIPES[name].about}, from a fresh start', name, tuned=True)
+          for name in GRIDS),
+        *(Way(name, f'LoRA that {about} learned', LEARNED, name)
+          for name, about in _LEARNERS.items()),
+        *(Way(f'{name}-tuned', f'the same, then tuned as fresh LoRA is ({about})', LEARNED, name,
+              True) for name, about in _LEARNERS.items()),
+    )
+}  # fmt: skip
+"""All ways by name."""
+
+
+def chosen(names: str | None) -> tuple[Way, ...]:
+    """The ways of a comma-separated list; by default all.
+
+    Raises:
+      ValueError: a name is unknown, or given twice.
+    """
+    wanted = tuple(WAYS) if names is None else tuple(name.strip() for name in names.split(','))
+    unknown = [name for name in wanted if name not in WAYS]
+    if unknown or len(set(wanted)) < len(wanted):
+        what = f'unknown method {unknown[0]!r}' if unknown else f'a method twice in {names!r}'
+        raise ValueError(f'{what}. Methods: {", ".join(WAYS)}')
+    return tuple(WAYS[name] for name in wanted)

@@ -1,0 +1,154 @@
+"""`peftjax meta` on a tiny encoder: tasks of one word, learned in a step or two."""
+
+import json
+import pathlib
+import struct
+
+import jax
+import numpy as np
+import pytest
+from commands import call
+from conftest import PATTERNS, THINGS
+
+import peftjax as pj
+from peftjax import models
+
+MORE = ('where is my {}', 'such a {}', 'my good {}', 'cancel the {}')
+PARTS = {'train': THINGS[:2], 'valid': THINGS[2:4], 'test': THINGS[4:]}
+FEW = (
+    '--ways', 2, '--shots', 1, '--queries', 2, '--episodes', 6, '--valid-episodes', 3,
+    '--steps', '0,1,2', '--meta-steps', 2, '--meta-tasks', 2, '--inner-steps', 2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def files(here, tmp_path_factory) -> list[str]:
+    """Options that name the model, and files of labels that no two share."""
+    folder, found = tmp_path_factory.mktemp('meta'), ['--model', here.model]
+    for name, things in PARTS.items():
+        texts = [(t.format(thing), thing) for thing in things for t in (*PATTERNS.values(), *MORE)]
+        rows = [json.dumps({'text': text, 'label': label}) + '\n' for text, label in texts]
+        (folder / f'{name}.jsonl').write_text(''.join(rows))
+        found += [f'--{name}', str(folder / f'{name}.jsonl')]
+    return found
+
+
+@pytest.fixture(scope='module')
+def ran(files) -> pathlib.Path:
+    """The folder of one run."""
+    out = pathlib.Path(files[3]).parent / 'out'
+    some = ('--methods', 'nearest,logistic,lora,maml,maml-tuned', '--out', out)
+    assert call('meta', *files, *FEW, *some) == 0
+    return out
+
+
+def results(out):
+    return json.loads((out / 'results.json').read_text())['results']
+
+
+def test_it_leaves_table_picture_json_and_what_was_learned(ran):
+    assert {path.name for path in ran.iterdir()} == {
+        'results.json', 'table.txt', 'accuracy.png', 'adapters', 'options.toml',
+    }  # fmt: skip
+    assert [path.name for path in (ran / 'adapters').iterdir()] == ['maml-2way-1shot']
+    title, head, _, *rows = (ran / 'table.txt').read_text().splitlines()
+    assert title.startswith('2 ways, 1 shots') and '0 steps' in head and 'peak' in head
+    assert [row.split()[0] for row in rows] == ['nearest', 'logistic', 'lora', 'maml', 'maml-tuned']
+    picture = (ran / 'accuracy.png').read_bytes()
+    assert picture[:8] == b'\x89PNG\r\n\x1a\n' and min(struct.unpack('>II', picture[16:24])) > 500
+
+
+def test_the_json_file_says_what_each_took(ran):
+    nearest, logistic, lora, maml, tuned = results(ran)
+    assert nearest['phi_parameters'] == logistic['phi_parameters'] == 0
+    assert lora['head_parameters'] == logistic['head_parameters'] == 2 * (12 + 1)
+    assert lora['phi_parameters'] == maml['phi_parameters'] == 2 * 2 * (12 * 8 + 8 * 12)
+    assert lora['meta'] is None and maml['meta'] == tuned['meta']
+    assert maml['meta']['steps'] == 2 and maml['meta']['best_step'] in (1, 2)
+    assert maml['meta']['seconds'] > 0 < maml['meta']['peak_bytes']
+    for record in (lora, maml, tuned):
+        assert record['steps'] == [0, 1, 2] and record['rates'][0] is None
+        assert record['milliseconds'] > 0 < record['peak_bytes']
+        assert len(record['accuracy']) == len(record['interval']) == 3
+        best = np.argmax([row['accuracy'] for row in record['validation']], 0)[1:]
+        assert record['rates'][1:] == [record['validation'][i]['rates'] for i in best]
+
+
+def test_before_the_first_step_fresh_lora_is_the_nearest_prototype(ran):
+    nearest, _, lora, maml, tuned = results(ran)
+    assert lora['accuracy'][0] == nearest['accuracy'][0]
+    assert maml['accuracy'][0] == tuned['accuracy'][0]
+
+
+def test_what_was_learned_is_an_adapter_of_the_bare_encoder(ran, here):
+    loaded = pj.load(ran / 'adapters' / 'maml-2way-1shot')
+    encoder = models.load_encoder(here.model)
+    ids = jax.numpy.arange(4)[None]
+    own = loaded.peft.wrap(encoder.model.apply_fn)(encoder.params, loaded.phi, ids)
+    plain = encoder.model.apply_fn(encoder.params, ids)
+    assert own.shape == plain.shape and not np.allclose(own, plain, atol=1e-6)
+    assert loaded.metadata['meta'] == results(ran)[3]['meta']
+
+
+def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
+    some = ('--methods', 'nearest', '--out', tmp_path)
+    assert peftjax('meta', *files, *FEW, *some).code == 0
+    before = results(tmp_path)
+    refused = peftjax('meta', *files, *FEW, *some)
+    assert refused.code == 2 and f'{tmp_path} exists and is not empty' in refused.err
+    other = peftjax('meta', *files, *FEW, *some, '--resume', '--seed', 1)
+    assert other.code == 2 and '--seed was 0 in' in other.err and 'is 1 now' in other.err
+    assert results(tmp_path) == before
+    more = ('--methods', 'nearest,logistic', '--out', tmp_path, '--resume')
+    assert '1 are there' in peftjax('meta', *files, *FEW, *more).out
+    assert 'nothing to go on with' in peftjax('meta', *files, *FEW, *more).out
+    first, second = results(tmp_path)
+    assert first == before[0] and second['accuracy'] == results(ran)[1]['accuracy']
+
+
+def test_every_kind_of_method_runs(files, peftjax, tmp_path):
+    some = 'full', 'prefix', 'reptile', 'prototypical'
+    assert peftjax('meta', *files, *FEW, '--methods', ','.join(some), '--out', tmp_path).code == 0
+    found = {record['method']: record for record in results(tmp_path)}
+    assert tuple(found) == some
+    for name, record in found.items():
+        assert record['steps'] == ([0] if name == 'prototypical' else [0, 1, 2])
+        assert all(0 <= one <= 100 for one in record['accuracy'])
+    assert found['full']['phi_parameters'] > found['prefix']['phi_parameters'] == 2 * 2 * 10 * 12
+    assert sorted(path.name for path in (tmp_path / 'adapters').iterdir()) == [
+        'prototypical-2way-1shot', 'reptile-2way-1shot',
+    ]  # fmt: skip
+
+
+WRONG = {
+    '--methods lorra': "unknown method 'lorra'. Methods: nearest, logistic",
+    '--methods lora,lora': 'a method twice',
+    '--ways 3': '--valid: a task of ways=3 needs as many classes: there are 2',
+    '--shots 9': '--valid: every class needs at least shots + queries = 11 examples',
+    '--meta-shots 9': '--valid: every class needs at least shots + queries = 11 examples',
+    '--ways 2,2': "must be different numbers; got '2,2'",
+    '--steps -1': "must be a whole number from 0 up; got '-1'",
+    '--steps 1,x': "must be a whole number from 0 up; got 'x'",
+    '--steps 0': '--steps must have one above 0; got [0]',
+    '--episodes 0': "must be a whole number from 1 up; got '0'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('typed', WRONG)
+def test_what_makes_no_sense_is_said_before_any_work(files, peftjax, tmp_path, typed):
+    found = peftjax('meta', *files, *FEW, *typed.split(), '--out', tmp_path / 'out')
+    assert (found.code, found.out) == (2, '') and WRONG[typed] in found.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_labels_that_two_files_share_are_refused(files, peftjax, tmp_path):
+    shared = ('--valid', files[files.index('--test') + 1])
+    found = peftjax('meta', *files, *FEW, *shared, '--out', tmp_path / 'out')
+    assert found.code == 2 and "--valid and --test both have 'garden' (2 in all)" in found.err
+
+
+def test_methods_are_listed(peftjax):
+    found = peftjax('meta', '--methods', 'list')
+    assert found.code == 0 and [row.split()[0] for row in found.out.splitlines()][:3] == [
+        'nearest', 'logistic', 'full',
+    ]  # fmt: skip

@@ -1,0 +1,113 @@
+"""How `peftjax meta` adapts and judges, on a space of a few numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quick
+
+from peftjax import data
+from peftjax.cli.meta import _adapt, _frozen, _record
+from peftjax.cli.meta._methods import WAYS, Rates
+from peftjax.cli.meta._space import Space
+
+WIDTH, WORDS, WAYS_OF_A_TASK, MOST = 5, 40, 3, 4
+RATES, SHARPNESS = Rates(0.05, 0.1), 1.5
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_dtype_promotion('standard'):  # of optax
+        yield
+
+
+def world():
+    """Theta: each text is a word with a vector; phi moves all vectors through a matrix."""
+    table = np.random.default_rng(0).normal(size=(WORDS, WIDTH)).astype(np.float32)
+    ids = jnp.arange(WORDS, dtype=jnp.int32)[:, None]
+    theta = {'params': jnp.asarray(table), 'ids': ids, 'mask': jnp.ones_like(ids)}
+    theta |= {'size': jnp.float32(2), 'sharpness': jnp.float32(SHARPNESS)}
+
+    def forward(params, phi, ids, attention_mask):
+        del attention_mask  # texts have one word
+        return params[ids] @ (jnp.eye(WIDTH) + phi['body'])
+
+    phi = {'body': jnp.asarray(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)) / 4)}
+    phi = jax.tree.map(jnp.float32, phi)
+    return theta, phi, Space(None, forward, WAYS_OF_A_TASK)  # pyright: ignore[reportArgumentType]
+
+
+def episodes(tasks, shots=2):
+    labels = np.arange(WORDS) % 4
+    drawn = data.Episodes(labels, ways=WAYS_OF_A_TASK, shots=shots, queries=5, tasks=tasks, seed=3)
+    return next(drawn)
+
+
+def by_hand(theta, phi, space, tx, episode, steps):
+    """The accuracy on one task."""
+    support, query = episode
+    own = {**phi, **space.begin(theta, phi, support)}
+    state = tx.init(own)
+    for _ in range(steps):
+        grads = jax.grad(space.loss, argnums=1)(theta, own, support, None)
+        updates, state = tx.update(grads, state, own)
+        own = optax.apply_updates(own, updates)
+    return space.accuracy(theta, own, query)
+
+
+@pytest.mark.parametrize(
+    ('name', 'tx'),
+    [('maml', lambda rate: optax.sgd(rate)), ('lora', lambda rate: optax.adam(rate))],
+)
+def test_each_task_is_adapted_to_by_itself(name, tx):
+    theta, phi, space = world()
+    drawn = _adapt.Drawn(episodes(31), (31,))  # 26 fit into a batch of 160 rows
+    adapting = _adapt.Adapting(theta, space, WAYS[name], MOST)
+    found = adapting.accuracies(phi, RATES, drawn, SHARPNESS, (0, 3, 4))
+    assert found.shape == (31, 3)
+    both = optax.partition(
+        {'body': tx(RATES.body), 'head': tx(RATES.head)}, {'body': 'body', 'head': 'head'}
+    )
+    wanted = quick.jit(
+        lambda *args: jnp.stack([by_hand(*args[:2], space, both, args[2], n) for n in (0, 3, 4)])
+    )
+    for i in (0, 15, 16, 30):
+        one = jax.tree.map(lambda x, i=i: x[i], drawn.episodes)
+        np.testing.assert_allclose(found[i], wanted(theta, phi, one), rtol=1e-6)
+    assert (found[:, 0] != found[:, 2]).any()
+    assert len(adapting.programs._made) == 1
+    few = adapting.accuracies(phi, RATES, drawn, SHARPNESS, (3,))
+    assert (few[:, 0] == found[:, 1]).all() and len(adapting.programs._made) == 1
+    assert adapting.milliseconds(phi, RATES, drawn, SHARPNESS) > 0
+
+
+def test_before_the_first_step_the_head_is_the_nearest_prototype():
+    theta, phi, space = world()
+    drawn = _adapt.Drawn(episodes(9), (9,))
+    adapting = _adapt.Adapting(theta, space, WAYS['maml'], MOST)
+    found = adapting.accuracies(phi, RATES, drawn, SHARPNESS, (0,))[:, 0]
+    features = space.embed(theta, phi, jnp.arange(WORDS))
+    wanted = _frozen.nearest(features, drawn.episodes, WAYS_OF_A_TASK)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_sharpness_and_logistic_regression_look_at_features_alone():
+    classes = np.arange(WORDS) % 4
+    noise = np.random.default_rng(2).normal(size=(WORDS, WIDTH)) / 50
+    features = jnp.asarray(np.eye(4, WIDTH)[classes] / 3 + noise / 5, jnp.float32)
+    drawn = episodes(6)
+    assert _frozen.sharpness(features, drawn, WAYS_OF_A_TASK) == max(_frozen.SHARPNESS)
+    found, took = _frozen.logistic(features, drawn, WAYS_OF_A_TASK, 10.0)
+    assert found.shape == (6,) and np.allclose(found, 100, rtol=1e-6) and took > 0
+    told = np.random.default_rng(4).permutation(WORDS)  # features that know nothing of labels
+    assert _frozen.sharpness(features[told], drawn, WAYS_OF_A_TASK) == min(_frozen.SHARPNESS)
+    assert _frozen.logistic(features[told], drawn, WAYS_OF_A_TASK, 10.0)[0].mean() < 80
+
+
+def test_intervals_are_of_the_mean_over_tasks():
+    values = np.random.default_rng(0).normal(70, 8, (200, 2))
+    (first, _), means = _record.interval(values), _record.means(values)
+    assert first == pytest.approx(1.96 * np.std(values[:, 0], ddof=1) / 200**0.5, abs=1e-3)
+    assert means == pytest.approx(values.mean(0), abs=1e-3)
+    assert _record.interval(values[:1]) == [None, None]
