@@ -44,6 +44,7 @@ def rounded(
             held[name][index[:-1]] = array
         if seen is not None:
             seen(w, small)
+        del w, small  # before the next part is read
     return whole.made_of(held)
 
 

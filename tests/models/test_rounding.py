@@ -66,8 +66,9 @@ def test_what_is_rounded_lies_as_it_is_told(tmp_path):
     assert codes.sharding.shard_shape(codes.shape) == (3, 8, 8)
 
 
-def test_no_more_is_held_than_the_quantized_model_and_one_part(tmp_path):
-    fields = FIELDS | {'hidden_size': 256, 'intermediate_size': 512}
+def test_no_more_is_held_than_the_quantized_model_and_one_layer(tmp_path):
+    # a layer is large beside what tracing leaves for the garbage collector, half a megabyte
+    fields = FIELDS | {'hidden_size': 256, 'intermediate_size': 512, 'num_hidden_layers': 16}
     folder = write(tmp_path / 'model', fields)
     load_decoder(folder, scheme=pj.NF4)  # imports, and what is traced once
     tracemalloc.start()
@@ -76,7 +77,7 @@ def test_no_more_is_held_than_the_quantized_model_and_one_part(tmp_path):
     tracemalloc.stop()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(pj.dequantize(params)))
-    assert peak < held + dense / 4, (held, peak, dense)
+    assert peak < held + dense / 16, (held, peak, dense)
 
 
 LLAMA_1B = {
