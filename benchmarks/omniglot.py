@@ -177,6 +177,7 @@ def result(run: Run, test: dict[str, Any], curve: Curve) -> dict[str, Any]:
         'steps_published': run.recipe.steps,
         'seconds': seconds[-1] if seconds else 0.0,
         'step_ms': statistics.median(timed) if timed else None,
+        'shared': run.options.shared,
         'norm': 'of the batch, transductive',
         'recipe': str(run.recipe),
         'alphabets': run.settings['alphabets'],
@@ -203,6 +204,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument('--out', required=True, help='the folder of the run')
     made.add_argument('--minutes', type=float, help='of this piece, from its first step on')
     made.add_argument('--record', action='store_true', help='puts the result into the table')
+    made.add_argument(
+        '--shared', action='store_true', help='the device has other work, and times say little'
+    )
     add('--seed', default=0, help='of alphabets, network, tasks')
     add('--validation-alphabets', default=3)
     add('--test-alphabets', default=5)
