@@ -8,11 +8,11 @@ import numpy as np
 from peftjax import data
 from peftjax.cli._terminal import progress, say
 from peftjax.cli.meta import _frozen, _ground, _learn, _record
-from peftjax.cli.meta._adapt import Adapting, Drawn
+from peftjax.cli.meta._adapt import Adapting
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._learn import Meta, Shape
 from peftjax.cli.meta._methods import WAYS, Rates, Way, chosen
-from peftjax.cli.meta._results import FILE, PICTURE, TABLE, Results
+from peftjax.cli.meta._results import FILE, PICTURE, TABLE, TASKS, Results
 from peftjax.cli.meta._space import Space, attached
 
 VALID, TEST = 1, 2
@@ -39,12 +39,13 @@ def run(options: argparse.Namespace) -> int:
         cells = Cells(ground, options, results)
         for way, shape in todo:
             bar.set_description(f'{way.name}, {shape.ways} ways, {shape.shots} shots')
-            results.add(cells.record(way, shape))
+            results.add(*cells.record(way, shape))
             bar.write(_record.line(results.records[-1]))
             bar.update()
-    say('\n' + _record.table(results.records))
+    say('\n' + results.text())
     results.draw()
-    say(f'\nwritten to {results.out}: {FILE}, {TABLE}, {PICTURE}, {results.adapters.name}/')
+    names = ', '.join((FILE, TASKS, TABLE, PICTURE))
+    say(f'\nwritten to {results.out}: {names}, {results.adapters.name}/')
     return 0
 
 
@@ -92,29 +93,31 @@ class Cells:
         self._ground, self._options, self._adapters = ground, options, results.adapters
         self._made: dict[tuple[str, bool, Shape], Adapting] = {}
 
-    def record(self, way: Way, shape: Shape) -> dict[str, Any]:
-        """One method on tasks of one shape."""
+    def record(self, way: Way, shape: Shape) -> tuple[dict[str, Any], np.ndarray]:
+        """One method on tasks of one shape, and its accuracies `(tasks, steps)`."""
         valid, test = self._drawn('valid', shape), self._drawn('test', shape)
         sharp = self._sharpness(shape)
         said = {'method': way.name, 'about': way.about, **shape._asdict()}
         said |= {'episodes': self._options.episodes, 'sharpness': sharp}
         said |= {'head_parameters': shape.ways * (self._ground.features.shape[1] + 1)}
         if not way.recipe:
-            return said | self._frozen(way, shape, valid.episodes, test.episodes)
-        adapting = self._adapting(way, shape)
-        phi, meta = self._start(way, shape)
-        return said | self._adapted(way, adapting, phi, valid, test, sharp) | {'meta': meta}
+            more, found = self._frozen(way, shape, valid, test)
+        else:
+            phi, meta = self._start(way, shape)
+            adapting = self._adapting(way, shape)
+            more, found = self._adapted(way, adapting, phi, valid, test, sharp)
+            more |= {'meta': meta}
+        said |= {'accuracy': _record.means(found), 'interval': _record.interval(found)}
+        return said | more, found
 
     def _sharpness(self, shape: Shape) -> float:
-        valid = self._drawn('valid', shape).episodes
-        return _frozen.sharpness(self._ground.features, valid, shape.ways)
+        return _frozen.sharpness(self._ground.features, self._drawn('valid', shape), shape.ways)
 
-    def _drawn(self, name: str, shape: Shape) -> Drawn:
+    def _drawn(self, name: str, shape: Shape) -> data.Episode:
         options, part = self._options, self._ground.parts[name]
-        counts = {'valid': options.valid_episodes, 'test': options.episodes}
+        count = {'valid': options.valid_episodes, 'test': options.episodes}[name]
         seed = options.seed + {'valid': VALID, 'test': TEST}[name]
-        episodes = _episodes(part, shape, options, counts[name], seed)
-        return Drawn(episodes, tuple(counts.values()))
+        return _episodes(part, shape, options, count, seed)
 
     def _adapting(self, way: Way, shape: Shape) -> Adapting:
         """What all methods share that adapt the same kind of phi by the same optimizer."""
@@ -122,12 +125,14 @@ class Cells:
         if key not in self._made:
             most = max(*self._options.steps, self._options.inner_steps)
             space = Space(*attached(self._ground, way.method()), shape.ways)
-            self._made[key] = Adapting(self._ground.theta, space, way, most)
+            validated = self._options.valid_episodes * len(way.grid())
+            counts = (validated, self._options.episodes)
+            self._made[key] = Adapting(self._ground.theta, space, way, most, counts)
         return self._made[key]
 
     def _frozen(
         self, way: Way, shape: Shape, valid: data.Episode, test: data.Episode
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Methods on frozen features: no steps, one accuracy."""
         features, took, strengths = self._ground.features, None, {}
         if way.name == 'nearest':
@@ -138,10 +143,8 @@ class Cells:
             )
             strengths = {s: float(fit(valid, s)[0].mean()) for s in _frozen.STRENGTHS}
             found, took = fit(test, max(strengths, key=lambda s: strengths[s]))
-        return {
+        said = {
             'steps': [0],
-            'accuracy': _record.means(found[:, None]),
-            'interval': _record.interval(found[:, None]),
             'rates': None,
             'validation': [{'strength': s, 'accuracy': [a]} for s, a in strengths.items()],
             'phi_parameters': 0,
@@ -150,6 +153,7 @@ class Cells:
             'peak_bytes': features.nbytes,
             'meta': None,
         }
+        return said, found[:, None]
 
     def _start(self, way: Way, shape: Shape) -> tuple[Any, dict[str, Any] | None]:
         """The phi that tasks begin with, and how it was learned."""
@@ -169,8 +173,14 @@ class Cells:
         return _learn.learned(meta, self._adapters)
 
     def _adapted(
-        self, way: Way, adapting: Adapting, phi: Any, valid: Drawn, test: Drawn, sharp: float
-    ) -> dict[str, Any]:
+        self,
+        way: Way,
+        adapting: Adapting,
+        phi: Any,
+        valid: data.Episode,
+        test: data.Episode,
+        sharp: float,
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Accuracy after each number of steps, at the rates that validation found best for it."""
         compiled = adapting.programs.seconds
         asked = [0] if way.still else self._options.steps
@@ -178,19 +188,16 @@ class Cells:
         if way.still:
             table = np.zeros((1, 1))
         else:
-            found = [adapting.accuracies(phi, rates, valid, sharp, asked) for rates in grid]
-            table = np.stack([one.mean(0) for one in found])
+            table = adapting.accuracies(phi, grid, valid, sharp, asked).mean(1)
         best = table.argmax(0)
-        found = np.empty((len(test.episodes.support.labels), len(asked)), np.float32)
+        found = np.empty((len(test.support.labels), len(asked)), np.float32)
         for i in sorted(set(best.tolist())):
             columns = np.flatnonzero(best == i)
             steps = [asked[c] for c in columns]
-            found[:, columns] = adapting.accuracies(phi, grid[i], test, sharp, steps)
+            found[:, columns] = adapting.accuracies(phi, [grid[i]], test, sharp, steps)[0]
         rates = [None if step == 0 else list(grid[i]) for step, i in zip(asked, best, strict=True)]
-        return {
+        said = {
             'steps': list(asked),
-            'accuracy': _record.means(found),
-            'interval': _record.interval(found),
             'rates': rates,
             'validation': [] if way.still else _validation(grid, table),
             'phi_parameters': _learn.sizes(phi),
@@ -198,6 +205,7 @@ class Cells:
             'compile_seconds': adapting.programs.seconds - compiled,
             'peak_bytes': adapting.programs.peak_bytes,
         }
+        return said, found
 
 
 def _validation(grid: tuple[Rates, ...], table: np.ndarray) -> list[dict[str, Any]]:

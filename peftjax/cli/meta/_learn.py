@@ -4,6 +4,7 @@ import argparse
 import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import peftjax as pj
 from peftjax import checkpoint, data
 from peftjax.cli import _saved
 from peftjax.cli._programs import Programs
-from peftjax.cli.meta._adapt import Adapting, Drawn, descent
+from peftjax.cli.meta._adapt import Adapting, descent
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._methods import Rates, Way
 from peftjax.cli.meta._space import Space
@@ -50,7 +51,7 @@ class Meta(NamedTuple):
     way: Way
     shape: Shape
     adapting: Adapting
-    valid: Drawn
+    valid: data.Episode
     sharpness: float
     options: argparse.Namespace
 
@@ -68,10 +69,11 @@ class Meta(NamedTuple):
         """Phi to begin with; the seed draws it."""
         return fresh(self.space, self.ground, self.options.seed)
 
-    def judge(self, phi: Any, rates: Rates) -> float:
-        """Mean accuracy on validation episodes where the inner loop ends."""
+    def judge(self, phi: Any, rates: Sequence[Rates]) -> np.ndarray:
+        """Mean accuracies `(rates,)` on validation episodes where the inner loop ends."""
         steps = (0,) if self.way.still else (self.options.inner_steps,)
-        return float(self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps).mean())
+        found = self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps)
+        return found.mean((1, 2))
 
 
 def fresh(space: Space, ground: Ground, seed: int) -> Any:
@@ -116,7 +118,7 @@ def _trained(meta: Meta, states: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(options.meta_rate))
     step = Programs(pj.train_step(loss(meta, rates), tx))
     start = pj.start(tx, meta.fresh(), jax.random.key(options.seed), keep_best=True)
-    tasks, clock = episodes(meta), Clock(lambda phi: meta.judge(phi, rates))
+    tasks, clock = episodes(meta), Clock(lambda phi: float(meta.judge(phi, [rates])[0]))
     every = max(1, options.meta_steps // EVALUATIONS)
     keep = pj.Every(every, pj.KeepBest(clock.judge, maximize=True))
     settings = {'rates': list(rates), 'tasks': options.meta_tasks, 'rate': options.meta_rate}
@@ -177,8 +179,7 @@ def _inner_rates(meta: Meta) -> Rates:
     """The rates of the inner loop: those that do best for a fresh phi on validation episodes."""
     if meta.way.still:
         return meta.way.grid()[0]  # there is no inner loop
-    phi = meta.fresh()
-    return max(meta.way.grid(), key=lambda rates: meta.judge(phi, rates))
+    return meta.way.grid()[int(meta.judge(meta.fresh(), meta.way.grid()).argmax())]
 
 
 def loss(meta: Meta, rates: Rates) -> Any:
