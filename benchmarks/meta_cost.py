@@ -59,7 +59,7 @@ def counted(ground: Ground, way: Way, shape: Shape, options: argparse.Namespace)
     found = [said | {'of': 'adapting', 'gflop': adapting(ground, space, way, shape, options, phi)}]
     if way.learner and not way.tuned:
         judged = Adapting(ground.theta, space, way, options.inner_steps, (1, 1))
-        meta = Meta(ground, way, shape, judged, shots(shape, options.queries), 1.0, options)
+        meta = Meta(ground, way, shape, judged, shots(shape, options.queries), 1.0, options, phi)
         tasks = next(_learn.episodes(meta))
         loss = _learn.loss(meta, way.grid()[0])
         of_step = flops(

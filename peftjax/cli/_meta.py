@@ -3,9 +3,10 @@
 import argparse
 from typing import Any
 
+import jax
 import numpy as np
 
-from peftjax import data
+from peftjax import Peft, data
 from peftjax.cli._terminal import progress, say
 from peftjax.cli.meta import _frozen, _ground, _learn, _record
 from peftjax.cli.meta._adapt import Adapting
@@ -92,6 +93,8 @@ class Cells:
     def __init__(self, ground: Ground, options: argparse.Namespace, results: Results):
         self._ground, self._options, self._adapters = ground, options, results.adapters
         self._made: dict[tuple[str, bool, Shape], Adapting] = {}
+        self._recipes: dict[str, tuple[Peft, Any, Any]] = {}
+        self._sharp: dict[Shape, float] = {}
 
     def record(self, way: Way, shape: Shape) -> tuple[dict[str, Any], np.ndarray]:
         """One method on tasks of one shape, and its accuracies `(tasks, steps)`."""
@@ -111,7 +114,18 @@ class Cells:
         return said | more, found
 
     def _sharpness(self, shape: Shape) -> float:
-        return _frozen.sharpness(self._ground.features, self._drawn('valid', shape), shape.ways)
+        if shape not in self._sharp:
+            valid = self._drawn('valid', shape)
+            self._sharp[shape] = _frozen.sharpness(self._ground.features, valid, shape.ways)
+        return self._sharp[shape]
+
+    def _recipe(self, way: Way) -> tuple[Peft, Any, Any]:
+        """A recipe's plan, the encoder with it, and a phi that nothing has trained."""
+        if way.recipe not in self._recipes:
+            peft, forward = attached(self._ground, way.method())
+            key, params = jax.random.key(self._options.seed), self._ground.theta['params']
+            self._recipes[way.recipe] = peft, forward, jax.jit(peft.init)(key, params)
+        return self._recipes[way.recipe]
 
     def _drawn(self, name: str, shape: Shape) -> data.Episode:
         options, part = self._options, self._ground.parts[name]
@@ -124,7 +138,7 @@ class Cells:
         key = (way.recipe, way.tuned, shape)
         if key not in self._made:
             most = max(*self._options.steps, self._options.inner_steps)
-            space = Space(*attached(self._ground, way.method()), shape.ways)
+            space = Space(*self._recipe(way)[:2], shape.ways)
             validated = self._options.valid_episodes * len(way.grid())
             counts = (validated, self._options.episodes)
             self._made[key] = Adapting(self._ground.theta, space, way, most, counts)
@@ -157,9 +171,9 @@ class Cells:
 
     def _start(self, way: Way, shape: Shape) -> tuple[Any, dict[str, Any] | None]:
         """The phi that tasks begin with, and how it was learned."""
+        fresh = self._recipe(way)[2]
         if way.learner is None:
-            space = self._adapting(way, shape).space
-            return _learn.fresh(space, self._ground, self._options.seed), None
+            return fresh, None
         own, inner = _meta_shape(self._options, shape), WAYS[way.learner]
         meta = Meta(
             self._ground,
@@ -169,6 +183,7 @@ class Cells:
             self._drawn('valid', own),
             self._sharpness(own),
             self._options,
+            fresh,
         )
         return _learn.learned(meta, self._adapters)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -45,6 +46,7 @@ class Meta(NamedTuple):
       valid: those episodes.
       sharpness: of the heads that tasks begin with.
       options: as parsed.
+      fresh: phi to begin with.
     """
 
     ground: Ground
@@ -54,6 +56,7 @@ class Meta(NamedTuple):
     valid: data.Episode
     sharpness: float
     options: argparse.Namespace
+    fresh: Any
 
     @property
     def space(self) -> Space:
@@ -65,20 +68,11 @@ class Meta(NamedTuple):
         """Of the folder of what is learned."""
         return f'{self.way.learner}-{self.shape.ways}way-{self.shape.shots}shot'
 
-    def fresh(self) -> Any:
-        """Phi to begin with; the seed draws it."""
-        return fresh(self.space, self.ground, self.options.seed)
-
     def judge(self, phi: Any, rates: Sequence[Rates]) -> np.ndarray:
         """Mean accuracies `(rates,)` on validation episodes where the inner loop ends."""
         steps = (0,) if self.way.still else (self.options.inner_steps,)
         found = self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps)
         return found.mean((1, 2))
-
-
-def fresh(space: Space, ground: Ground, seed: int) -> Any:
-    """A phi that nothing has trained."""
-    return jax.jit(space.peft.init)(jax.random.key(seed), ground.theta['params'])
 
 
 def learned(meta: Meta, folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
@@ -117,7 +111,8 @@ def _trained(meta: Meta, states: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     rates = _inner_rates(meta)
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(options.meta_rate))
     step = Programs(pj.train_step(loss(meta, rates), tx))
-    start = pj.start(tx, meta.fresh(), jax.random.key(options.seed), keep_best=True)
+    own = jax.tree.map(jnp.copy, meta.fresh)  # donated; others begin with it too
+    start = pj.start(tx, own, jax.random.key(options.seed), keep_best=True)
     tasks, clock = episodes(meta), Clock(lambda phi: float(meta.judge(phi, [rates])[0]))
     every = max(1, options.meta_steps // EVALUATIONS)
     keep = pj.Every(every, pj.KeepBest(clock.judge, maximize=True))
@@ -179,7 +174,7 @@ def _inner_rates(meta: Meta) -> Rates:
     """The rates of the inner loop: those that do best for a fresh phi on validation episodes."""
     if meta.way.still:
         return meta.way.grid()[0]  # there is no inner loop
-    return meta.way.grid()[int(meta.judge(meta.fresh(), meta.way.grid()).argmax())]
+    return meta.way.grid()[int(meta.judge(meta.fresh, meta.way.grid()).argmax())]
 
 
 def loss(meta: Meta, rates: Rates) -> Any:
