@@ -13,7 +13,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from peftjax.cli import _output, _whole
+from peftjax.cli import _whole
 from peftjax.cli.meta import _curves, _paired, _record, _results
 from peftjax.cli.meta._results import Found
 
@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument('--out', type=pathlib.Path, required=True, help='a new folder')
     parser.add_argument('--json', type=pathlib.Path, help='the results once more, here')
     options = parser.parse_args()
-    out = _output.check_free(options.out, overwrite=False)
+    out = options.out
+    if out.exists():
+        parser.error(f'--out must be a new folder: {out} is there')
     found = joined({str(folder): _results.read(folder) for folder in options.folders})
     text = _results.text(found.records, found.tasks)
     out.mkdir(parents=True, exist_ok=True)

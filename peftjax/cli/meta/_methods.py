@@ -66,8 +66,9 @@ GRIDS = {
 }
 """Rates of Adam by recipe, of the method and of the head."""
 
-DESCENT = ((3e-2, 1e-1, 3e-1), (1e-1, 1.0))
-"""Rates of plain gradient descent."""
+DESCENT = ((1.0, 3.0, 10.0, 30.0, 100.0), (10.0,))
+"""Rates of plain gradient descent: gradients are small where half of LoRA is zero, and the head,
+which begins as prototypes, hardly needs one of its own."""
 
 _LEARNERS: dict[Learner, str] = {
     'maml': 'MAML',
