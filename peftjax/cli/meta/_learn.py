@@ -18,7 +18,7 @@ from peftjax.cli import _saved
 from peftjax.cli._programs import Programs
 from peftjax.cli.meta._adapt import Adapting, descent
 from peftjax.cli.meta._ground import Ground
-from peftjax.cli.meta._methods import Rates, Way
+from peftjax.cli.meta._methods import INNER, Rates, Way
 from peftjax.cli.meta._space import Space
 
 CLIP = 1.0
@@ -174,7 +174,7 @@ def _inner_rates(meta: Meta) -> Rates:
     """The rates of the inner loop: those that do best for a fresh phi on validation episodes."""
     if meta.way.still:
         return meta.way.grid()[0]  # there is no inner loop
-    return meta.way.grid()[int(meta.judge(meta.fresh, meta.way.grid()).argmax())]
+    return INNER[int(meta.judge(meta.fresh, INNER).argmax())]
 
 
 def loss(meta: Meta, rates: Rates) -> Any:
