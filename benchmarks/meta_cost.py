@@ -18,7 +18,7 @@ from peftjax import data, models
 from peftjax._flops import flops
 from peftjax.cli._options import parse
 from peftjax.cli.meta import _learn
-from peftjax.cli.meta._adapt import Adapting, Drawn
+from peftjax.cli.meta._adapt import Adapting
 from peftjax.cli.meta._ground import Ground, Part
 from peftjax.cli.meta._learn import Meta, Shape
 from peftjax.cli.meta._methods import WAYS, Way
@@ -58,9 +58,8 @@ def counted(ground: Ground, way: Way, shape: Shape, options: argparse.Namespace)
     said = {'method': way.name, **shape._asdict()}
     found = [said | {'of': 'adapting', 'gflop': adapting(ground, space, way, shape, options, phi)}]
     if way.learner and not way.tuned:
-        judged = Adapting(ground.theta, space, way, options.inner_steps)
-        none = Drawn(shots(shape, options.queries), (1, 1))
-        meta = Meta(ground, way, shape, judged, none, 1.0, options)
+        judged = Adapting(ground.theta, space, way, options.inner_steps, (1, 1))
+        meta = Meta(ground, way, shape, judged, shots(shape, options.queries), 1.0, options, phi)
         tasks = next(_learn.episodes(meta))
         loss = _learn.loss(meta, way.grid()[0])
         of_step = flops(

@@ -3,16 +3,17 @@
 import argparse
 from typing import Any
 
+import jax
 import numpy as np
 
-from peftjax import data
+from peftjax import Peft, data
 from peftjax.cli._terminal import progress, say
 from peftjax.cli.meta import _frozen, _ground, _learn, _record
-from peftjax.cli.meta._adapt import Adapting, Drawn
+from peftjax.cli.meta._adapt import Adapting
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._learn import Meta, Shape
 from peftjax.cli.meta._methods import WAYS, Rates, Way, chosen
-from peftjax.cli.meta._results import FILE, PICTURE, TABLE, Results
+from peftjax.cli.meta._results import FILE, PICTURE, TABLE, TASKS, Results
 from peftjax.cli.meta._space import Space, attached
 
 VALID, TEST = 1, 2
@@ -39,12 +40,13 @@ def run(options: argparse.Namespace) -> int:
         cells = Cells(ground, options, results)
         for way, shape in todo:
             bar.set_description(f'{way.name}, {shape.ways} ways, {shape.shots} shots')
-            results.add(cells.record(way, shape))
+            results.add(*cells.record(way, shape))
             bar.write(_record.line(results.records[-1]))
             bar.update()
-    say('\n' + _record.table(results.records))
+    say('\n' + results.text())
     results.draw()
-    say(f'\nwritten to {results.out}: {FILE}, {TABLE}, {PICTURE}, {results.adapters.name}/')
+    names = ', '.join((FILE, TASKS, TABLE, PICTURE))
+    say(f'\nwritten to {results.out}: {names}, {results.adapters.name}/')
     return 0
 
 
@@ -91,43 +93,60 @@ class Cells:
     def __init__(self, ground: Ground, options: argparse.Namespace, results: Results):
         self._ground, self._options, self._adapters = ground, options, results.adapters
         self._made: dict[tuple[str, bool, Shape], Adapting] = {}
+        self._recipes: dict[str, tuple[Peft, Any, Any]] = {}
+        self._sharp: dict[Shape, float] = {}
 
-    def record(self, way: Way, shape: Shape) -> dict[str, Any]:
-        """One method on tasks of one shape."""
+    def record(self, way: Way, shape: Shape) -> tuple[dict[str, Any], np.ndarray]:
+        """One method on tasks of one shape, and its accuracies `(tasks, steps)`."""
         valid, test = self._drawn('valid', shape), self._drawn('test', shape)
         sharp = self._sharpness(shape)
         said = {'method': way.name, 'about': way.about, **shape._asdict()}
         said |= {'episodes': self._options.episodes, 'sharpness': sharp}
         said |= {'head_parameters': shape.ways * (self._ground.features.shape[1] + 1)}
         if not way.recipe:
-            return said | self._frozen(way, shape, valid.episodes, test.episodes)
-        adapting = self._adapting(way, shape)
-        phi, meta = self._start(way, shape)
-        return said | self._adapted(way, adapting, phi, valid, test, sharp) | {'meta': meta}
+            more, found = self._frozen(way, shape, valid, test)
+        else:
+            phi, meta = self._start(way, shape)
+            adapting = self._adapting(way, shape)
+            more, found = self._adapted(way, adapting, phi, valid, test, sharp)
+            more |= {'meta': meta}
+        said |= {'accuracy': _record.means(found), 'interval': _record.interval(found)}
+        return said | more, found
 
     def _sharpness(self, shape: Shape) -> float:
-        valid = self._drawn('valid', shape).episodes
-        return _frozen.sharpness(self._ground.features, valid, shape.ways)
+        if shape not in self._sharp:
+            valid = self._drawn('valid', shape)
+            self._sharp[shape] = _frozen.sharpness(self._ground.features, valid, shape.ways)
+        return self._sharp[shape]
 
-    def _drawn(self, name: str, shape: Shape) -> Drawn:
+    def _recipe(self, way: Way) -> tuple[Peft, Any, Any]:
+        """A recipe's plan, the encoder with it, and a phi that nothing has trained."""
+        if way.recipe not in self._recipes:
+            peft, forward = attached(self._ground, way.method())
+            key, params = jax.random.key(self._options.seed), self._ground.theta['params']
+            self._recipes[way.recipe] = peft, forward, jax.jit(peft.init)(key, params)
+        return self._recipes[way.recipe]
+
+    def _drawn(self, name: str, shape: Shape) -> data.Episode:
         options, part = self._options, self._ground.parts[name]
-        counts = {'valid': options.valid_episodes, 'test': options.episodes}
+        count = {'valid': options.valid_episodes, 'test': options.episodes}[name]
         seed = options.seed + {'valid': VALID, 'test': TEST}[name]
-        episodes = _episodes(part, shape, options, counts[name], seed)
-        return Drawn(episodes, tuple(counts.values()))
+        return _episodes(part, shape, options, count, seed)
 
     def _adapting(self, way: Way, shape: Shape) -> Adapting:
         """What all methods share that adapt the same kind of phi by the same optimizer."""
         key = (way.recipe, way.tuned, shape)
         if key not in self._made:
             most = max(*self._options.steps, self._options.inner_steps)
-            space = Space(*attached(self._ground, way.method()), shape.ways)
-            self._made[key] = Adapting(self._ground.theta, space, way, most)
+            space = Space(*self._recipe(way)[:2], shape.ways)
+            validated = self._options.valid_episodes * len(way.grid())
+            counts = (validated, self._options.episodes)
+            self._made[key] = Adapting(self._ground.theta, space, way, most, counts)
         return self._made[key]
 
     def _frozen(
         self, way: Way, shape: Shape, valid: data.Episode, test: data.Episode
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Methods on frozen features: no steps, one accuracy."""
         features, took, strengths = self._ground.features, None, {}
         if way.name == 'nearest':
@@ -138,10 +157,8 @@ class Cells:
             )
             strengths = {s: float(fit(valid, s)[0].mean()) for s in _frozen.STRENGTHS}
             found, took = fit(test, max(strengths, key=lambda s: strengths[s]))
-        return {
+        said = {
             'steps': [0],
-            'accuracy': _record.means(found[:, None]),
-            'interval': _record.interval(found[:, None]),
             'rates': None,
             'validation': [{'strength': s, 'accuracy': [a]} for s, a in strengths.items()],
             'phi_parameters': 0,
@@ -150,12 +167,13 @@ class Cells:
             'peak_bytes': features.nbytes,
             'meta': None,
         }
+        return said, found[:, None]
 
     def _start(self, way: Way, shape: Shape) -> tuple[Any, dict[str, Any] | None]:
         """The phi that tasks begin with, and how it was learned."""
+        fresh = self._recipe(way)[2]
         if way.learner is None:
-            space = self._adapting(way, shape).space
-            return _learn.fresh(space, self._ground, self._options.seed), None
+            return fresh, None
         own, inner = _meta_shape(self._options, shape), WAYS[way.learner]
         meta = Meta(
             self._ground,
@@ -165,12 +183,19 @@ class Cells:
             self._drawn('valid', own),
             self._sharpness(own),
             self._options,
+            fresh,
         )
         return _learn.learned(meta, self._adapters)
 
     def _adapted(
-        self, way: Way, adapting: Adapting, phi: Any, valid: Drawn, test: Drawn, sharp: float
-    ) -> dict[str, Any]:
+        self,
+        way: Way,
+        adapting: Adapting,
+        phi: Any,
+        valid: data.Episode,
+        test: data.Episode,
+        sharp: float,
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Accuracy after each number of steps, at the rates that validation found best for it."""
         compiled = adapting.programs.seconds
         asked = [0] if way.still else self._options.steps
@@ -178,19 +203,16 @@ class Cells:
         if way.still:
             table = np.zeros((1, 1))
         else:
-            found = [adapting.accuracies(phi, rates, valid, sharp, asked) for rates in grid]
-            table = np.stack([one.mean(0) for one in found])
+            table = adapting.accuracies(phi, grid, valid, sharp, asked).mean(1)
         best = table.argmax(0)
-        found = np.empty((len(test.episodes.support.labels), len(asked)), np.float32)
+        found = np.empty((len(test.support.labels), len(asked)), np.float32)
         for i in sorted(set(best.tolist())):
             columns = np.flatnonzero(best == i)
             steps = [asked[c] for c in columns]
-            found[:, columns] = adapting.accuracies(phi, grid[i], test, sharp, steps)
+            found[:, columns] = adapting.accuracies(phi, [grid[i]], test, sharp, steps)[0]
         rates = [None if step == 0 else list(grid[i]) for step, i in zip(asked, best, strict=True)]
-        return {
+        said = {
             'steps': list(asked),
-            'accuracy': _record.means(found),
-            'interval': _record.interval(found),
             'rates': rates,
             'validation': [] if way.still else _validation(grid, table),
             'phi_parameters': _learn.sizes(phi),
@@ -198,6 +220,7 @@ class Cells:
             'compile_seconds': adapting.programs.seconds - compiled,
             'peak_bytes': adapting.programs.peak_bytes,
         }
+        return said, found
 
 
 def _validation(grid: tuple[Rates, ...], table: np.ndarray) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import struct
 
 import jax
@@ -12,6 +13,8 @@ from conftest import PATTERNS, THINGS
 
 import peftjax as pj
 from peftjax import models
+from peftjax.cli.meta import _record
+from peftjax.cli.meta._results import read
 
 MORE = ('where is my {}', 'such a {}', 'my good {}', 'cancel the {}')
 PARTS = {'train': THINGS[:2], 'valid': THINGS[2:4], 'test': THINGS[4:]}
@@ -48,12 +51,16 @@ def results(out):
 
 def test_it_leaves_table_picture_json_and_what_was_learned(ran):
     assert {path.name for path in ran.iterdir()} == {
-        'results.json', 'table.txt', 'accuracy.png', 'adapters', 'options.toml',
+        'results.json', 'tasks.jsonl', 'table.txt', 'accuracy.png', 'adapters', 'options.toml',
     }  # fmt: skip
     assert [path.name for path in (ran / 'adapters').iterdir()] == ['maml-2way-1shot']
-    title, head, _, *rows = (ran / 'table.txt').read_text().splitlines()
+    first, second = (ran / 'table.txt').read_text().split('\n\n')
+    title, head, _, *rows = first.splitlines()
     assert title.startswith('2 ways, 1 shots') and '0 steps' in head and 'peak' in head
     assert [row.split()[0] for row in rows] == ['nearest', 'logistic', 'lora', 'maml', 'maml-tuned']
+    title, head, _, *rows = second.splitlines()
+    assert title == '2 ways, 1 shots: points above fresh LoRA on the same tasks, ± 95 %'
+    assert [row.split()[0] for row in rows] == ['nearest', 'logistic', 'maml', 'maml-tuned']
     picture = (ran / 'accuracy.png').read_bytes()
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and min(struct.unpack('>II', picture[16:24])) > 500
 
@@ -72,6 +79,26 @@ def test_the_json_file_says_what_each_took(ran):
         assert len(record['accuracy']) == len(record['interval']) == 3
         best = np.argmax([row['accuracy'] for row in record['validation']], 0)[1:]
         assert record['rates'][1:] == [record['validation'][i]['rates'] for i in best]
+
+
+def test_accuracies_on_each_task_are_kept_and_compared(ran):
+    found = read(ran)
+    assert [len(found.tasks[_record.key(record)]) for record in found.records] == [6] * 5
+    for record in found.records:
+        means = found.tasks[_record.key(record)].mean(0)
+        np.testing.assert_allclose(means, record['accuracy'], atol=2e-3)
+    nearest, _, maml, _ = json.loads((ran / 'results.json').read_text())['beside_fresh_lora']
+    assert nearest['steps'] == maml['steps'] == [0, 1, 2]
+    assert nearest['difference'][0] == nearest['interval'][0] == 0
+    differences = found.tasks['maml', 2, 1] - found.tasks['lora', 2, 1]
+    np.testing.assert_allclose(maml['difference'], differences.mean(0), atol=2e-3)
+
+
+def test_a_folder_that_lost_its_tasks_is_no_folder_to_go_on_with(ran, files, peftjax, tmp_path):
+    shutil.copytree(ran, tmp_path / 'out')
+    (tmp_path / 'out' / 'tasks.jsonl').write_text('')
+    found = peftjax('meta', *files, *FEW, '--resume', '--out', tmp_path / 'out')
+    assert found.code == 2 and f'{tmp_path / "out" / "tasks.jsonl"} must be what' in found.err
 
 
 def test_before_the_first_step_fresh_lora_is_the_nearest_prototype(ran):

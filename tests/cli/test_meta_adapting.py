@@ -8,12 +8,12 @@ import pytest
 import quick
 
 from peftjax import data
-from peftjax.cli.meta import _adapt, _frozen, _record
+from peftjax.cli.meta import _adapt, _frozen, _paired, _record
 from peftjax.cli.meta._methods import WAYS, Rates
 from peftjax.cli.meta._space import Space
 
 WIDTH, WORDS, WAYS_OF_A_TASK, MOST = 5, 40, 3, 4
-RATES, SHARPNESS = Rates(0.05, 0.1), 1.5
+RATES, OTHER, SHARPNESS = Rates(0.05, 0.1), Rates(0.3, 0.01), 1.5
 
 
 @pytest.fixture(autouse=True)
@@ -62,33 +62,51 @@ def by_hand(theta, phi, space, tx, episode, steps):
 )
 def test_each_task_is_adapted_to_by_itself(name, tx):
     theta, phi, space = world()
-    drawn = _adapt.Drawn(episodes(31), (31,))  # 26 fit into a batch of 160 rows
-    adapting = _adapt.Adapting(theta, space, WAYS[name], MOST)
-    found = adapting.accuracies(phi, RATES, drawn, SHARPNESS, (0, 3, 4))
-    assert found.shape == (31, 3)
-    both = optax.partition(
-        {'body': tx(RATES.body), 'head': tx(RATES.head)}, {'body': 'body', 'head': 'head'}
-    )
-    wanted = quick.jit(
-        lambda *args: jnp.stack([by_hand(*args[:2], space, both, args[2], n) for n in (0, 3, 4)])
-    )
+    drawn = episodes(31)  # 26 fit into a batch of 160 rows
+    adapting = _adapt.Adapting(theta, space, WAYS[name], MOST, (31,))
+    other, found = adapting.accuracies(phi, (OTHER, RATES), drawn, SHARPNESS, (0, 3, 4))
+    assert found.shape == (31, 3) and (other[:, 0] == found[:, 0]).all()
+
+    @quick.jit
+    def wanted(rates, episode):
+        own = optax.partition(
+            {'body': tx(rates[0]), 'head': tx(rates[1])}, {'body': 'body', 'head': 'head'}
+        )
+        return jnp.stack([by_hand(theta, phi, space, own, episode, n) for n in (0, 3, 4)])
+
     for i in (0, 15, 16, 30):
-        one = jax.tree.map(lambda x, i=i: x[i], drawn.episodes)
-        np.testing.assert_allclose(found[i], wanted(theta, phi, one), rtol=1e-6)
+        one = jax.tree.map(lambda x, i=i: x[i], drawn)
+        np.testing.assert_allclose(found[i], wanted(RATES, one), rtol=1e-6)
+        np.testing.assert_allclose(other[i], wanted(OTHER, one), rtol=1e-6)
     assert (found[:, 0] != found[:, 2]).any()
     assert len(adapting.programs._made) == 1
-    few = adapting.accuracies(phi, RATES, drawn, SHARPNESS, (3,))
+    (few,) = adapting.accuracies(phi, [RATES], drawn, SHARPNESS, (3,))
     assert (few[:, 0] == found[:, 1]).all() and len(adapting.programs._made) == 1
     assert adapting.milliseconds(phi, RATES, drawn, SHARPNESS) > 0
 
 
+@pytest.mark.parametrize(
+    ('backend', 'rows', 'lora', 'full'),
+    [('cpu', 5, 20, 1), ('cpu', 200, 1, 1), ('gpu', 5, 120, 10), ('gpu', 100, 20, 10)],
+)
+def test_an_accelerator_adapts_to_more_tasks_at_once(monkeypatch, backend, rows, lora, full):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    theta, _, space = world()
+    drawn = data.Episode(*[data.Shots(np.zeros((200, rows)), np.zeros((200, rows)))] * 2)
+    for name, wanted in (('lora', lora), ('full', full)):
+        adapting = _adapt.Adapting(theta, space, WAYS[name], MOST, (120, 200))
+        sizes = [len(rates) for (rates, _), _ in adapting._batches([RATES, OTHER], drawn)]
+        counts = [count for _, count in adapting._batches([RATES, OTHER], drawn)]
+        assert set(sizes) == {wanted} and sum(counts) == 400
+
+
 def test_before_the_first_step_the_head_is_the_nearest_prototype():
     theta, phi, space = world()
-    drawn = _adapt.Drawn(episodes(9), (9,))
-    adapting = _adapt.Adapting(theta, space, WAYS['maml'], MOST)
-    found = adapting.accuracies(phi, RATES, drawn, SHARPNESS, (0,))[:, 0]
+    drawn = episodes(9)
+    adapting = _adapt.Adapting(theta, space, WAYS['maml'], MOST, (9,))
+    found = adapting.accuracies(phi, [RATES], drawn, SHARPNESS, (0,))[0, :, 0]
     features = space.embed(theta, phi, jnp.arange(WORDS))
-    wanted = _frozen.nearest(features, drawn.episodes, WAYS_OF_A_TASK)
+    wanted = _frozen.nearest(features, drawn, WAYS_OF_A_TASK)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -111,3 +129,34 @@ def test_intervals_are_of_the_mean_over_tasks():
     assert first == pytest.approx(1.96 * np.std(values[:, 0], ddof=1) / 200**0.5, abs=1e-3)
     assert means == pytest.approx(values.mean(0), abs=1e-3)
     assert _record.interval(values[:1]) == [None, None]
+
+
+def test_differences_are_taken_task_by_task():
+    rng = np.random.default_rng(0)
+    hard, gain = rng.normal(70, 8, (200, 2)), rng.normal(1, 0.5, (200, 2))
+    means, halves = _paired.difference(hard + gain, hard)
+    assert means == pytest.approx(gain.mean(0), abs=1e-3)
+    assert halves == pytest.approx(1.96 * gain.std(0, ddof=1) / 200**0.5, abs=1e-3)
+    assert max(halves) < 0.1 < min(_record.interval(hard))  # pyright: ignore[reportArgumentType]
+
+
+def test_methods_stand_beside_fresh_lora_where_both_were_judged():
+    row = lambda name, shots, *steps: {'method': name, 'ways': 5, 'shots': shots, 'steps': steps}
+    records = [
+        row('lora', 1, 0, 2, 9),
+        row('maml', 1, 0, 9),
+        row('nearest', 1, 0),
+        row('maml', 5, 0),
+    ]
+    tasks = {
+        ('lora', 5, 1): np.array([[60.0, 70, 80], [62, 72, 82]]),
+        ('maml', 5, 1): np.array([[64.0, 81], [66, 83]]),
+        ('nearest', 5, 1): np.array([[60.0], [62]]),
+        ('maml', 5, 5): np.array([[60.0], [62]]),
+    }
+    records = [record | {'steps': list(record['steps'])} for record in records]
+    maml, nearest = _paired.beside_fresh(records, tasks)
+    assert (maml['method'], maml['shots'], maml['steps']) == ('maml', 1, [0, 9])
+    assert maml['difference'] == [4, 1] and maml['interval'] == [0, 0]
+    assert nearest['steps'] == [0, 2, 9] and nearest['difference'] == [0, -10, -20]
+    assert '+4.0 ± 0.0' in _paired.table([maml, nearest])

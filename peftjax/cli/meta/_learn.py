@@ -4,9 +4,11 @@ import argparse
 import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -14,9 +16,9 @@ import peftjax as pj
 from peftjax import checkpoint, data
 from peftjax.cli import _saved
 from peftjax.cli._programs import Programs
-from peftjax.cli.meta._adapt import Adapting, Drawn, descent
+from peftjax.cli.meta._adapt import Adapting, descent
 from peftjax.cli.meta._ground import Ground
-from peftjax.cli.meta._methods import Rates, Way
+from peftjax.cli.meta._methods import INNER, Rates, Way
 from peftjax.cli.meta._space import Space
 
 CLIP = 1.0
@@ -44,15 +46,17 @@ class Meta(NamedTuple):
       valid: those episodes.
       sharpness: of the heads that tasks begin with.
       options: as parsed.
+      fresh: phi to begin with.
     """
 
     ground: Ground
     way: Way
     shape: Shape
     adapting: Adapting
-    valid: Drawn
+    valid: data.Episode
     sharpness: float
     options: argparse.Namespace
+    fresh: Any
 
     @property
     def space(self) -> Space:
@@ -64,19 +68,11 @@ class Meta(NamedTuple):
         """Of the folder of what is learned."""
         return f'{self.way.learner}-{self.shape.ways}way-{self.shape.shots}shot'
 
-    def fresh(self) -> Any:
-        """Phi to begin with; the seed draws it."""
-        return fresh(self.space, self.ground, self.options.seed)
-
-    def judge(self, phi: Any, rates: Rates) -> float:
-        """Mean accuracy on validation episodes where the inner loop ends."""
+    def judge(self, phi: Any, rates: Sequence[Rates]) -> np.ndarray:
+        """Mean accuracies `(rates,)` on validation episodes where the inner loop ends."""
         steps = (0,) if self.way.still else (self.options.inner_steps,)
-        return float(self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps).mean())
-
-
-def fresh(space: Space, ground: Ground, seed: int) -> Any:
-    """A phi that nothing has trained."""
-    return jax.jit(space.peft.init)(jax.random.key(seed), ground.theta['params'])
+        found = self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps)
+        return found.mean((1, 2))
 
 
 def learned(meta: Meta, folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
@@ -115,8 +111,9 @@ def _trained(meta: Meta, states: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     rates = _inner_rates(meta)
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(options.meta_rate))
     step = Programs(pj.train_step(loss(meta, rates), tx))
-    start = pj.start(tx, meta.fresh(), jax.random.key(options.seed), keep_best=True)
-    tasks, clock = episodes(meta), Clock(lambda phi: meta.judge(phi, rates))
+    own = jax.tree.map(jnp.copy, meta.fresh)  # donated; others begin with it too
+    start = pj.start(tx, own, jax.random.key(options.seed), keep_best=True)
+    tasks, clock = episodes(meta), Clock(lambda phi: float(meta.judge(phi, [rates])[0]))
     every = max(1, options.meta_steps // EVALUATIONS)
     keep = pj.Every(every, pj.KeepBest(clock.judge, maximize=True))
     settings = {'rates': list(rates), 'tasks': options.meta_tasks, 'rate': options.meta_rate}
@@ -177,8 +174,7 @@ def _inner_rates(meta: Meta) -> Rates:
     """The rates of the inner loop: those that do best for a fresh phi on validation episodes."""
     if meta.way.still:
         return meta.way.grid()[0]  # there is no inner loop
-    phi = meta.fresh()
-    return max(meta.way.grid(), key=lambda rates: meta.judge(phi, rates))
+    return INNER[int(meta.judge(meta.fresh, INNER).argmax())]
 
 
 def loss(meta: Meta, rates: Rates) -> Any:

@@ -66,8 +66,13 @@ GRIDS = {
 }
 """Rates of Adam by recipe, of the method and of the head."""
 
-DESCENT = ((3e-2, 1e-1, 3e-1), (1e-1, 1.0))
-"""Rates of plain gradient descent."""
+DESCENT = ((0.3, 1.0, 3.0, 10.0), (10.0,))
+"""Rates of plain gradient descent from a learned phi; the head, which begins as prototypes, hardly
+needs one of its own."""
+
+INNER = (Rates(0.3, 10.0), Rates(1.0, 10.0))
+"""Rates of the inner loop while phi is learned. A fresh phi, half of which is zero and its
+gradients small, could do with a hundred times as much; what is learned from there could not."""
 
 _LEARNERS: dict[Learner, str] = {
     'maml': 'MAML',

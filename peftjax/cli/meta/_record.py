@@ -1,7 +1,7 @@
 """What `peftjax meta` says of one method on tasks of one shape."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,11 +51,15 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             'peak',
         ]
         rows = [head, *(_row(record, steps) for record in own)]
-        widths = [max(len(row[c]) for row in rows) for c in range(len(head))]
-        lines = [_padded(row, widths) for row in rows]
-        title = f'{ways} ways, {shots} shots: accuracy in %, ± 95 % confidence'
-        parts.append('\n'.join([title, lines[0], '-' * len(lines[0]), *lines[1:]]))
+        parts.append(columns(f'{ways} ways, {shots} shots: accuracy in %, ± 95 % confidence', rows))
     return '\n\n'.join(parts)
+
+
+def columns(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """Rows below each other, the first of them as their head."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = [_padded(row, widths) for row in rows]
+    return '\n'.join([title, lines[0], '-' * len(lines[0]), *lines[1:]])
 
 
 def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -78,8 +82,9 @@ def _row(record: dict[str, Any], steps: Sequence[int]) -> list[str]:
 def _cells(record: dict[str, Any], steps: Sequence[int]) -> list[str]:
     found = dict(zip(record['steps'], zip(record['accuracy'], record['interval'], strict=True),
                      strict=True))  # fmt: skip
-    return [_cell(*found[step]) if step in found else '-' for step in steps]
+    return [cell(*found[step]) if step in found else '-' for step in steps]
 
 
-def _cell(mean: float, half: float | None) -> str:
-    return f'{mean:.1f}' + ('' if half is None else f' ± {half:.1f}')
+def cell(mean: float, half: float | None, sign: Literal['-', '+'] = '-') -> str:
+    """A mean and half its interval; `+` gives every mean its sign."""
+    return f'{mean:{sign}.1f}' + ('' if half is None else f' ± {half:.1f}')

@@ -5,17 +5,78 @@ import json
 import pathlib
 import re
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from peftjax.cli import _config, _output, _report, _whole
-from peftjax.cli.meta import _curves, _record
+from peftjax.cli.meta import _curves, _paired, _record
 
-FILE, TABLE, PICTURE = 'results.json', 'table.txt', 'accuracy.png'
+FILE, TASKS = 'results.json', 'tasks.jsonl'
+TABLE, PICTURE = 'table.txt', 'accuracy.png'
 LEARNED = r'[a-z]+-\d+way-\d+shot(\.states)?'
 """Names of the folders of what is learned, and of the states of what is being learned."""
 
 FREE = (*_config.UNSAID, 'out', 'methods', 'ways', 'shots')
 """Options that may be others when a run goes on: they say which results there are to be."""
+
+
+class Found(NamedTuple):
+    """What a folder has.
+
+    Attributes:
+      options: of its run, without those that may be others when it goes on.
+      versions: that it was made with.
+      records: one for each method and shape.
+      tasks: accuracies `(tasks, steps)` of each record, by its key.
+    """
+
+    options: dict[str, Any]
+    versions: dict[str, str]
+    records: list[dict[str, Any]]
+    tasks: dict[tuple[str, int, int], np.ndarray]
+
+
+def read(folder: pathlib.Path) -> Found:
+    """What a run left.
+
+    Args:
+      folder: its `--out`.
+
+    Raises:
+      OSError: it has no results.
+      ValueError: they are damaged.
+    """
+    place = folder / FILE
+    try:
+        found = json.loads(place.read_text(encoding='utf-8'))
+        records, place = found['results'], folder / TASKS
+        rows = map(json.loads, place.read_text(encoding='utf-8').splitlines())
+        own = {_record.key(row): np.array(row['accuracy'], np.float32) for row in rows}
+        # those of a record that was not written any more are left out
+        tasks = {_record.key(record): own[_record.key(record)] for record in records}
+        return Found(found['options'], found['versions'], records, tasks)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{place} must be what peftjax meta left: {error!r}. Choose another --out, or '
+            '--overwrite'
+        ) from error
+
+
+def text(records: list[dict[str, Any]], tasks: _paired.Tasks) -> str:
+    """The tables: accuracies, and what there is beside fresh LoRA."""
+    beside = _paired.table(_paired.beside_fresh(records, tasks))
+    return _record.table(records) + (f'\n\n{beside}' if beside else '')
+
+
+def lines(tasks: _paired.Tasks) -> str:
+    """Accuracies on each task, as lines of JSON that `read` reads."""
+    said = ''
+    for (method, ways, shots), accuracies in tasks.items():
+        rounded = np.round(accuracies.astype(np.float64), 3).tolist()
+        line = {'method': method, 'ways': ways, 'shots': shots, 'accuracy': rounded}
+        said += json.dumps(line) + '\n'
+    return said
 
 
 class Results:
@@ -24,6 +85,7 @@ class Results:
     Attributes:
       out: the folder.
       records: so far.
+      tasks: accuracies `(tasks, steps)` of each record, by its key.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -33,12 +95,12 @@ class Results:
           OSError: it is taken, or cannot be made.
           ValueError: what is there to go on with is of other options, or damaged.
         """
-        self._options, self.records = options, []
+        self._options, self.records, self.tasks = options, [], {}
         self.out = pathlib.Path(options.out)
         self._begun = bool(options.resume) and (self.out / FILE).is_file()
         _output.check_free(self.out, options.overwrite or self._begun)
         if self._begun:
-            self.records = self._earlier()
+            self.records, self.tasks = self._earlier()
 
     @property
     def adapters(self) -> pathlib.Path:
@@ -48,7 +110,7 @@ class Results:
     def begin(self) -> None:
         """Makes the folder, without results of an earlier run that is not gone on with."""
         if not self._begun:
-            for name in (FILE, TABLE, PICTURE, _config.FILE):
+            for name in (FILE, TASKS, TABLE, PICTURE, _config.FILE):
                 (self.out / name).unlink(missing_ok=True)
             if (self.out / _output.ADAPTERS).is_dir():
                 for folder in self.adapters.iterdir():
@@ -62,10 +124,15 @@ class Results:
         """Whether this one is done."""
         return (method, ways, shots) in map(_record.key, self.records)
 
-    def add(self, record: dict[str, Any]) -> None:
-        """One more, which is on disk after it."""
+    def add(self, record: dict[str, Any], accuracies: np.ndarray) -> None:
+        """One more with its accuracies `(tasks, steps)`, which are on disk after it."""
         self.records.append(record)
+        self.tasks[_record.key(record)] = accuracies
         self._write()
+
+    def text(self) -> str:
+        """The tables."""
+        return text(self.records, self.tasks)
 
     def draw(self) -> None:
         """Writes the picture."""
@@ -74,29 +141,23 @@ class Results:
         _curves.draw(self.out / PICTURE, self.records, title)
 
     def _write(self) -> None:
+        _whole.write(self.out / TASKS, lines(self.tasks))  # before the records that need them
+        beside = _paired.beside_fresh(self.records, self.tasks)
         said = {'options': self._said(), 'versions': _report.versions(), 'results': self.records}
-        _report.write_json(self.out / FILE, said)
+        _report.write_json(self.out / FILE, said | {'beside_fresh_lora': beside})
         if self.records:
-            _whole.write(self.out / TABLE, _record.table(self.records) + '\n')
+            _whole.write(self.out / TABLE, self.text() + '\n')
 
     def _said(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._options).items() if name not in FREE}
 
-    def _earlier(self) -> list[dict[str, Any]]:
-        path = self.out / FILE
-        try:
-            found = json.loads(path.read_text(encoding='utf-8'))
-            options, records = found['options'], found['results']
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path} must be what peftjax meta left: {error!r}. Choose another --out, or '
-                '--overwrite'
-            ) from error
+    def _earlier(self) -> tuple[list[dict[str, Any]], dict[tuple[str, int, int], np.ndarray]]:
+        path, found = self.out / FILE, read(self.out)
         for name, value in self._said().items():
-            if options.get(name) != value:
-                said = name.replace('_', '-')
+            if found.options.get(name) != value:
+                said, was = name.replace('_', '-'), found.options.get(name)
                 raise ValueError(
-                    f'a run must go on with its own options: --{said} was {options.get(name)!r} '
+                    f'a run must go on with its own options: --{said} was {was!r} '
                     f'in {path} and is {value!r} now. Say it as it was, or choose another --out'
                 )
-        return records
+        return found.records, found.tasks

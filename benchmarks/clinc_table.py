@@ -1,0 +1,127 @@
+"""Puts folders of `peftjax meta` into one: results, tasks, table and picture.
+
+    python benchmarks/clinc_table.py runs/clinc/* --out runs/clinc-all [--json results/clinc.json]
+
+Each folder has some methods on some shapes of tasks, so that they can be run side by side. What
+makes results of one shape comparable must be the same in all folders that have it: data, tasks,
+rates, seeds, versions, device. Shapes may differ in how many tasks they have, after which steps
+these are judged, and what phi was meta-trained on; for each shape that is said beside the results.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from peftjax.cli import _whole
+from peftjax.cli.meta import _curves, _paired, _record, _results
+from peftjax.cli.meta._results import Found
+
+BY_SHAPE = (
+    'episodes', 'valid_episodes', 'steps', 'meta_ways', 'meta_shots', 'meta_steps', 'meta_tasks',
+)  # fmt: skip
+"""Options that shapes may differ in."""
+
+
+class Joined(NamedTuple):
+    """Results of several folders.
+
+    Attributes:
+      options: of all.
+      shapes: the options of each shape of tasks, by its name.
+      versions: that all were made with.
+      records: sorted by shape, methods as they came.
+      tasks: accuracies `(tasks, steps)` of each record, by its key.
+    """
+
+    options: dict[str, Any]
+    shapes: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    records: list[dict[str, Any]]
+    tasks: _paired.Tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='folders of peftjax meta in one')
+    parser.add_argument('folders', nargs='+', type=pathlib.Path, help='those to put together')
+    parser.add_argument('--out', type=pathlib.Path, required=True, help='a new folder')
+    parser.add_argument('--json', type=pathlib.Path, help='the results once more, here')
+    options = parser.parse_args()
+    out = options.out
+    if out.exists():
+        parser.error(f'--out must be a new folder: {out} is there')
+    found = joined({str(folder): _results.read(folder) for folder in options.folders})
+    text = _results.text(found.records, found.tasks)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / _results.FILE, options.json):
+        if path:
+            _whole.write(path, json_of(found))
+    _whole.write(out / _results.TASKS, _results.lines(found.tasks))
+    _whole.write(out / _results.TABLE, text + '\n')
+    title = f'{found.options["queries"]} queries a label, 95 % confidence'
+    _curves.draw(out / _results.PICTURE, found.records, title)
+    print(text)
+
+
+def joined(folders: dict[str, Found]) -> Joined:
+    """All results together.
+
+    Args:
+      folders: what each has, by its name.
+
+    Raises:
+      ValueError: they are not comparable, or two have the same result.
+    """
+    (first, one), *others = folders.items()
+    for name, other in others:
+        _same(first, name, one.versions, other.versions, 'made with')
+        _same(first, name, common(one.options), common(other.options), 'run with')
+    shapes: dict[str, dict[str, Any]] = {}
+    records, tasks, made_by = [], {}, {}
+    for name, found in folders.items():
+        own = {option: found.options[option] for option in BY_SHAPE}
+        for record in found.records:
+            key, shape = _record.key(record), f'{record["ways"]}-way {record["shots"]}-shot'
+            if key in made_by:
+                raise ValueError(
+                    f'a result must be in one folder: {made_by[key]} and {name} both have '
+                    f'{record["method"]} on {shape} tasks. Leave one of the two out'
+                )
+            known = next((made_by[k] for k in made_by if k[1:] == key[1:]), name)
+            _same(known, name, shapes.setdefault(shape, own), own, f'run on {shape} tasks with')
+            made_by[key] = name
+            records.append(record)
+            tasks[key] = found.tasks[key]
+    records.sort(key=lambda record: (record['ways'], record['shots']))
+    return Joined(common(one.options), shapes, one.versions, records, tasks)
+
+
+def common(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that must be the same in all folders."""
+    return {name: value for name, value in options.items() if name not in BY_SHAPE}
+
+
+def _same(first: str, second: str, one: dict[str, Any], other: dict[str, Any], what: str) -> None:
+    for name in sorted({*one, *other}):
+        if one.get(name) != other.get(name):
+            raise ValueError(
+                f'folders must be comparable: {first} was {what} {name} {one.get(name)!r}, '
+                f'{second} with {other.get(name)!r}. Leave one out, or run it again as the other'
+            )
+
+
+def json_of(found: Joined) -> str:
+    """All of it, a line for each result."""
+    rows = {
+        'results': found.records,
+        'beside_fresh_lora': _paired.beside_fresh(found.records, found.tasks),
+    }
+    head = {'options': found.options, 'shapes': found.shapes, 'versions': found.versions}
+    parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
+    for name, own in rows.items():
+        parts.append(f'"{name}": [\n' + ',\n'.join(map(json.dumps, own)) + '\n]')
+    return '{\n' + ',\n'.join(parts) + '\n}\n'
+
+
+if __name__ == '__main__':
+    main()
