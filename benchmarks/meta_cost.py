@@ -45,7 +45,7 @@ def empty(model: str, tokens: int) -> Ground:
     """The encoder, and one text."""
     loaded = models.load_encoder(model or models.default_model_path())
     row = jnp.zeros((1, tokens), jnp.int32)
-    theta = {'params': loaded.params, 'ids': row, 'mask': row, 'size': jnp.float32(1)}
+    theta = {'params': loaded.params, 'ids': row, 'mask': row}
     theta['sharpness'] = jnp.float32(1)
     parts = {'train': Part('train', np.repeat(np.arange(99, dtype=np.int32), 99), 0)}
     return Ground(model, loaded.model.apply_fn, theta, jnp.zeros((1, 1)), parts, tokens)

@@ -27,7 +27,7 @@ def world():
     table = np.random.default_rng(0).normal(size=(WORDS, WIDTH)).astype(np.float32)
     ids = jnp.arange(WORDS, dtype=jnp.int32)[:, None]
     theta = {'params': jnp.asarray(table), 'ids': ids, 'mask': jnp.ones_like(ids)}
-    theta |= {'size': jnp.float32(2), 'sharpness': jnp.float32(SHARPNESS)}
+    theta |= {'sharpness': jnp.float32(SHARPNESS)}
 
     def forward(params, phi, ids, attention_mask):
         del attention_mask  # texts have one word

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from peftjax import data, models
 from peftjax.cli._examples import labelled
@@ -56,9 +57,8 @@ class Ground:
     Attributes:
       model: folder or hub name, empty for the default model.
       apply: `apply(params, ids, attention_mask=…)` to hidden states.
-      theta: `params`; `ids` and `mask` `(texts, tokens)`; `size`, the root of the mean squared
-        norm of frozen features of texts to validate on, by which all features are divided.
-      features: `(texts, width)` of those to validate and to test on, frozen, divided by `size`.
+      theta: `params`; `ids` and `mask` `(texts, tokens)`.
+      features: `(texts, width)` of those to validate and to test on, frozen.
       parts: by name.
       max_tokens: longer texts were cut.
     """
@@ -111,25 +111,33 @@ def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Gro
         'mask': jnp.asarray(tokens.attention_mask),
     }
     features = _features(loaded.model.apply_fn, theta, parts['train'].first)
-    size = float(np.sqrt(np.square(features[: parts['test'].first]).sum(-1).mean()))
-    theta['size'] = jnp.float32(size)
     return Ground(
         options.model,
         loaded.model.apply_fn,
         theta,
-        jnp.asarray(features / size),
+        jnp.asarray(features),
         parts,
         options.max_tokens,
     )
 
 
+def pooled(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Features `(texts, width)` of hidden states: their means, brought to length one.
+
+    Sentence encoders are trained and meant to be used so. Lengths of the means say little of what a
+    text means, and as much as anything of how near it is to the one example of a label.
+    """
+    means = models.mean_pool(hidden, mask)
+    return means * lax.rsqrt(jnp.square(means).sum(-1, keepdims=True))
+
+
 def _features(apply: Any, theta: dict[str, Any], count: int) -> np.ndarray:
-    """Mean hidden states of the first texts, once for all frozen methods."""
+    """Those of the first texts, once for all frozen methods."""
 
     @jax.jit
     def some(theta: dict[str, Any], index: jax.Array) -> jax.Array:
         ids, mask = theta['ids'][index], theta['mask'][index]
-        return models.mean_pool(apply(theta['params'], ids, attention_mask=mask), mask)
+        return pooled(apply(theta['params'], ids, attention_mask=mask), mask)
 
     starts = range(0, count, ROWS)
     index = [np.minimum(np.arange(start, start + ROWS), count - 1) for start in starts]

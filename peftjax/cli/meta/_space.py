@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peftjax import Chain, Method, Peft, attach, chain, data, meta, models
-from peftjax.cli.meta._ground import Ground
+from peftjax import Chain, Method, Peft, attach, chain, data, meta
+from peftjax.cli.meta._ground import Ground, pooled
 
 BODY, HEAD = 'body', 'head'
 """The parts of a phi: what a method adds to the encoder, and the classifier of a task."""
@@ -44,7 +44,7 @@ class Space:
         ids, mask = theta['ids'][index], theta['mask'][index]
         own = {BODY: phi[BODY]}
         hidden = self.forward(theta['params'], own, ids, attention_mask=mask)
-        return models.mean_pool(hidden, mask) / theta['size']
+        return pooled(hidden, mask)
 
     def begin(self, theta: Any, phi: Any, support: data.Shots, key: Any = None) -> dict[str, Any]:
         """The head that a task begins with."""
