@@ -104,7 +104,8 @@ def trained(run: Run) -> tuple[pj.TrainState, Curve]:
         seed=options.seed,
     )  # fmt: skip
     key = jax.random.key(options.seed)
-    fresh = pj.start(made.tx, made.peft.init(key, made.params), key, keep_best=True)
+    phi = made.init(made.peft.init(key, made.params))
+    fresh = pj.start(made.tx, phi, key, keep_best=True)
     folder = pathlib.Path(options.out)
     with pj.Checkpoints(folder, made.peft, made.params, settings=run.settings) as checkpoints:
         state = checkpoints.resume(fresh, batches)

@@ -26,6 +26,7 @@ class Programs(NamedTuple):
     Attributes:
       peft: the plan of phi.
       params: theta.
+      init: of a fresh phi, what is trained: with Reptile the state of its inner optimizer too.
       loss: `loss((theta, images), phi, tasks, key)`, of tasks of positions.
       tx: the outer optimizer.
       step: as from `pj.train_step`.
@@ -34,6 +35,7 @@ class Programs(NamedTuple):
 
     peft: pj.Peft
     params: Any
+    init: Callable[[Any], Any]
     loss: Callable[..., jax.Array]
     tx: optax.GradientTransformation
     step: Any
@@ -48,7 +50,7 @@ def programs(recipe: Recipe, steps: int, convolution: str, pooled: bool, seed: i
     network, features = (
         functools.partial(fn, own, pooled=pooled) for fn in (few_shot.network, few_shot.features)
     )
-    headless = recipe.algorithm == 'prototypes'
+    headless, init = recipe.algorithm == 'prototypes', lambda phi: phi
     if headless:
         params = {'layers': params['layers']}
     blank = jnp.ones((2, few_shot.SIZE, few_shot.SIZE, 1))
@@ -57,38 +59,52 @@ def programs(recipe: Recipe, steps: int, convolution: str, pooled: bool, seed: i
         loss, one = _prototypes(recipe, peft.wrap(features))
     elif recipe.algorithm == 'anil':
         loss, one = _head_alone(recipe, peft.wrap(features), peft.wrap(few_shot.head))
+    elif recipe.algorithm == 'reptile':
+        init, loss, one = _carrying(recipe, peft.wrap(network))
     else:
         loss, one = _adapting(recipe, peft.wrap(network))
     tx = recipes.outer(recipe, steps)
-    return Programs(peft, params, loss, tx, pj.train_step(loss, tx), jax.jit(_each(one)))
+    return Programs(peft, params, init, loss, tx, pj.train_step(loss, tx), jax.jit(_each(one)))
 
 
 def _adapting(recipe: Recipe, forward: Any) -> tuple[Any, Any]:
     """All of the network adapts."""
     inner, tx = recipe.inner, recipes.inner_optimizer(recipe)
     assert inner is not None
+    loss = functools.partial(_drawn_loss, forward, None)
+    first = recipe.algorithm == 'fomaml'
+    learner = pj.meta.maml(loss, tx, steps=inner.steps, first_order=first)
+    adapt = pj.meta.adapter(loss, tx, steps=inner.test_steps)
+    return learner.loss, functools.partial(_after, adapt, forward)
 
-    def loss(rows: int | None, params: Any, phi: Any, batch: Any, key: jax.Array) -> jax.Array:
-        theta, images = params
-        batch = recipes.drawn(batch, rows, key)
-        return _wrong(forward(theta, phi, pixels(images, batch.inputs)), batch.labels)
 
-    trained, meta = functools.partial(loss, inner.batch), pj.meta
-    if recipe.algorithm == 'reptile':
-        learner = meta.reptile(trained, tx, steps=inner.steps)
-    else:
-        first = recipe.algorithm == 'fomaml'
-        learner = meta.maml(trained, tx, steps=inner.steps, first_order=first)
-    tested = functools.partial(loss, inner.test_batch)
-    adapt = meta.adapter(tested, tx, steps=inner.test_steps)
+def _carrying(recipe: Recipe, forward: Any) -> tuple[Any, Any, Any]:
+    """The same by Reptile, whose inner optimizer goes on from task to task."""
+    inner, tx = recipe.inner, recipes.inner_optimizer(recipe)
+    assert inner is not None
 
-    def one(params: Any, phi: Any, task: Any, key: jax.Array) -> jax.Array:
-        theta, images = params
-        own = adapt(params, phi, task.support, key)
-        said = forward(theta, own, pixels(images, task.query.inputs))
-        return _right(said, task.query.labels)
+    def learner(batch: int | None, steps: int) -> Any:
+        loss = functools.partial(_drawn_loss, forward, batch)
+        return pj.meta.reptile(loss, tx, steps=steps, carry=True)
 
-    return learner.loss, one
+    trained, tested = learner(inner.batch, inner.steps), learner(inner.test_batch, inner.test_steps)
+    return trained.init, trained.loss, functools.partial(_after, tested.adapt, forward)
+
+
+def _drawn_loss(
+    forward: Any, rows: int | None, params: Any, phi: Any, batch: Any, key: jax.Array
+) -> jax.Array:
+    """The loss of some rows of a batch."""
+    theta, images = params
+    batch = recipes.drawn(batch, rows, key)
+    return _wrong(forward(theta, phi, pixels(images, batch.inputs)), batch.labels)
+
+
+def _after(adapt: Any, forward: Any, params: Any, phi: Any, task: Any, key: jax.Array) -> jax.Array:
+    """The accuracy after adapting to a task."""
+    theta, images = params
+    own = adapt(params, phi, task.support, key)
+    return _right(forward(theta, own, pixels(images, task.query.inputs)), task.query.labels)
 
 
 def _head_alone(recipe: Recipe, features: Any, head: Any) -> tuple[Any, Any]:

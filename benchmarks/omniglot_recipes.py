@@ -6,10 +6,10 @@ arXiv:1803.02999, table 2 and appendix A. ANIL: Raghu et al., 2020, arXiv:1909.0
 appendix, which has 20 ways alone; 5 ways are trained as MAML is. Prototypical networks: Snell et
 al., 2017, arXiv:1703.05175, section 3.1.
 
-What differs from them: alphabets are held back (`omniglot_data.py`). Reptile's inner Adam begins
-each task with a fresh state, where the authors' code carries its second moments from task to task;
-its parts of a support are drawn anew each step, where theirs are an epoch. Prototypes have the norm
-of their episode at test too, where theirs has running averages.
+What differs from them: alphabets are held back (`omniglot_data.py`). The second moments of
+Reptile's inner Adam are the mean over the tasks of an outer step, where the authors' code hands
+them on from task to task; its parts of a support are drawn anew each step, where theirs are an
+epoch. Prototypes have the norm of their episode at test too, where theirs has running averages.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import optax
+
+import peftjax as pj
 
 ALGORITHMS = ('maml', 'fomaml', 'reptile', 'anil', 'prototypes')
 PUBLISHED = {
@@ -99,7 +101,8 @@ def outer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     """The outer optimizer of a run of so many steps."""
     if recipe.algorithm == 'reptile':
         # its gradient is the way back to where a task ended; a rate of 1 goes all of it
-        return optax.sgd(optax.linear_schedule(1.0, 0.0, steps))
+        rate = optax.linear_schedule(1.0, 0.0, steps)
+        return pj.chain_optimizer({'phi': optax.sgd(rate), 'inner': optax.sgd(1.0)})
     if recipe.algorithm == 'prototypes':
         return optax.adam(optax.exponential_decay(1e-3, 2000, 0.5, staircase=True))
     return optax.adam(1e-3)

@@ -100,7 +100,7 @@ def told(made, recipe, drawings):
     train = parts(drawings, rotated='train').train
     ways, shots, queries = recipe.trained
     tasks = data.Episodes(train.labels, ways=ways, shots=shots, queries=queries, tasks=2, seed=0)
-    phi = made.peft.init(jax.random.key(0), made.params)
+    phi = made.init(made.peft.init(jax.random.key(0), made.params))
     return (made.params, jnp.asarray(train.images)), phi, next(tasks)
 
 
@@ -112,6 +112,10 @@ def test_every_algorithm_makes_a_step(algorithm, drawings):
     slope = quick.jit(jax.grad(made.loss, argnums=1))
     with jax.numpy_dtype_promotion('standard'):  # of optax's counts
         found = slope(params, phi, tasks, jax.random.key(1))
+    if algorithm == 'reptile':  # whose inner optimizer has counted, and seen gradients
+        count, *moments = found['inner']
+        assert float(count) == -recipe.inner.steps and min(map(jnp.min, moments)) < 0
+        found = found['phi']
     flat = {path: float(jnp.abs(leaf['value']).max()) for path, leaf in found.items()}
     # a bias before a norm changes nothing
     moved = {path for path in flat if not path.endswith('bias') or path.startswith('head')}
@@ -146,13 +150,14 @@ def state(arguments):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_the_same_command_goes_on(drawings, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('algorithm', ['prototypes', 'reptile'])
+def test_the_same_command_goes_on(algorithm, drawings, tmp_path, monkeypatch, capsys):
     """Cut after ten steps of twelve: the bits, the best phi and the test of the unbroken run."""
     monkeypatch.setattr(recipes, 'recipe', small)
 
     def told_to(name):
         return [
-            '--data', str(drawings), '--algorithm', 'prototypes', '--steps', '12',
+            '--data', str(drawings), '--algorithm', algorithm, '--steps', '12',
             '--out', str(tmp_path / name), '--validation-alphabets', '2', '--test-alphabets', '2',
             '--validate-every', '4', '--validation-tasks', '8', '--test-tasks', '8',
         ]  # fmt: skip
@@ -211,8 +216,9 @@ def test_what_is_recorded_is_told_in_full(drawings, tmp_path, monkeypatch):
 
 def test_reptile_goes_ever_less_of_the_way():
     tx = recipes.outer(PAPERS('reptile', 5, 1), 4)
-    back, state, moves = {'w': jnp.ones(())}, tx.init({'w': jnp.ones(())}), []
+    back, moves = {'phi': jnp.ones(()), 'inner': [jnp.ones(())]}, []
+    state = tx.init(back)
     for _ in range(4):
         move, state = tx.update(back, state)
-        moves.append(float(move['w']))
-    assert moves == [-1.0, -0.75, -0.5, -0.25]
+        moves.append((float(move['phi']), float(move['inner'][0])))
+    assert moves == [(-1.0, -1.0), (-0.75, -1.0), (-0.5, -1.0), (-0.25, -1.0)]

@@ -59,12 +59,24 @@ def inner(
     loss: LossFn, tx: optax.GradientTransformation, steps: int, target: Target | None = None
 ) -> Adapt:
     """The same, not jitted."""
+    go = loop(loss, tx, steps, target)
+
+    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
+        return go(params, phi, tx.init(chosen(target, phi)), support, key)[0]
+
+    return adapt
+
+
+def loop(
+    loss: LossFn, tx: optax.GradientTransformation, steps: int, target: Target | None = None
+) -> Callable[..., tuple[Phi, Any]]:
+    """`go(params, phi, state, support, key) -> (phi, state)`, from any state of the optimizer."""
     if steps < 1:
         raise ValueError(f'steps must be at least 1: received {steps}')
     if target is not None:
         _paths.patterns(target)
 
-    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
+    def go(params: PyTree, phi: Phi, state: Any, support: Any, key: Array) -> tuple[Phi, Any]:
         def step(carry: Any, i: Array) -> tuple[Any, None]:
             mine, state = carry
             own = jax.random.fold_in(key, i)
@@ -74,13 +86,12 @@ def inner(
             updates, state = tx.update(grads, state, mine)
             return (optax.apply_updates(mine, updates), state), None
 
-        mine = chosen(target, phi)
         # a scan is no place where XLA could find the same computation twice
         again = jax.checkpoint(step, prevent_cse=False)
-        (mine, _), _ = lax.scan(again, (mine, tx.init(mine)), jnp.arange(steps))
-        return joined(mine, phi)
+        (mine, state), _ = lax.scan(again, (chosen(target, phi), state), jnp.arange(steps))
+        return joined(mine, phi), state
 
-    return adapt
+    return go
 
 
 def begun(begin: Begin | None, params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:

@@ -6,10 +6,11 @@ Nichol et al., On First-Order Meta-Learning Algorithms, 2018, arXiv:1803.02999.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from peftjax._types import Array, Phi, PyTree, Target
-from peftjax.meta._inner import Begin, begun, inner, value
+from peftjax.meta._inner import Begin, begun, chosen, inner, loop, value
 from peftjax.meta._learner import Learner, over_tasks, with_own_gradient
 from peftjax.train import LossFn
 
@@ -21,6 +22,7 @@ def reptile(
     steps: int,
     target: Target | None = None,
     begin: Begin | None = None,
+    carry: bool = False,
 ) -> Learner:
     """Reptile: the gradient of a task is phi less what the inner loop makes of it.
 
@@ -35,12 +37,19 @@ def reptile(
       steps: of the inner loop, at least 2: one is training on all tasks together.
       target: regex, or several, searched in the paths of phi's leaves: those alone are trained.
       begin: as of `maml`; what a task begins with beside phi adapts with it, and is not learned.
+      carry: whether tasks begin with the state that the inner optimizer has come to, not a fresh
+        one. A fresh Adam's first steps are as long where a gradient is noise as where it is large,
+        and as long where a task is solved as where it is not. The authors' code carries it.
 
     Returns:
-      The learner; what it trains is phi.
+      The learner; what it trains is phi, or `{'phi': phi, 'inner': leaves}` with the leaves of
+      the state beside it (counts in float32), whose outer optimizer is to be `optax.sgd(1.0)`: they
+      become the mean of where the tasks ended. `pj.chain_optimizer({'phi': …, 'inner': …})`
+      gives the two their own.
 
     Raises:
-      ValueError: `steps` is less than 2, or as of `maml`.
+      ValueError: `steps` is less than 2, `begin` with `carry` (what only a task has would have no
+        state), or as of `maml`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -58,6 +67,13 @@ def reptile(
             f'Reptile needs at least 2 steps: received {steps}. After one, its gradient is that of '
             'training on all tasks together'
         )
+    if carry:
+        if begin is not None:
+            raise ValueError(
+                'carry goes without begin: what a task alone begins with has no state that another '
+                'task could hand on. Leave one of the two out'
+            )
+        return _carrying(loss, tx, steps, target)
     steps_of_one = inner(loss, tx, steps, target)
 
     def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Phi:
@@ -68,6 +84,45 @@ def reptile(
         ended = adapt(params, phi, support, key)
         judged = value(loss, params, ended, query, jax.random.fold_in(key, steps))
         learned = ended if begin is None else {name: ended[name] for name in phi}
-        return judged, jax.tree.map(lambda start, end: start - end, phi, learned)
+        return judged, _less(phi, learned)
 
     return Learner(lambda phi: phi, over_tasks(with_own_gradient(moved)), jax.jit(adapt))
+
+
+def _carrying(
+    loss: LossFn, tx: optax.GradientTransformation, steps: int, target: Target | None
+) -> Learner:
+    """Reptile of phi and of the inner optimizer's state together."""
+    go = loop(loss, tx, steps, target)
+
+    def init(phi: Phi) -> Phi:
+        return {'phi': phi, 'inner': _floating(tx.init(chosen(target, phi)))}
+
+    def ended(params: PyTree, trained: Phi, support: Any, key: Array) -> Phi:
+        phi = trained['phi']
+        shapes, whole = jax.tree.flatten(jax.eval_shape(tx.init, chosen(target, phi)))
+        pairs = zip(trained['inner'], shapes, strict=True)
+        state = whole.unflatten([leaf.astype(shape.dtype) for leaf, shape in pairs])
+        phi, state = go(params, phi, state, support, key)
+        return {'phi': phi, 'inner': _floating(state)}
+
+    def moved(params: PyTree, trained: Phi, task: tuple[Any, Any], key: Array) -> tuple[Array, Phi]:
+        support, query = task
+        found = ended(params, trained, support, key)
+        judged = value(loss, params, found['phi'], query, jax.random.fold_in(key, steps))
+        return judged, _less(trained, found)
+
+    def adapt(params: PyTree, trained: Phi, support: Any, key: Array) -> Phi:
+        return ended(params, trained, support, key)['phi']
+
+    return Learner(init, over_tasks(with_own_gradient(moved)), jax.jit(adapt))
+
+
+def _floating(state: Any) -> list[Array]:
+    """The leaves of a state, which have gradients. A count is exact in float32 up to 2^24."""
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return [x if floating(x) else x.astype(jnp.float32) for x in jax.tree.leaves(state)]
+
+
+def _less(start: Phi, end: Phi) -> Phi:
+    return jax.tree.map(lambda one, other: one - other, start, end)

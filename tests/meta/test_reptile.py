@@ -43,6 +43,63 @@ def test_phi_moves_towards_the_mean_of_where_the_loops_end(target):
         small.assert_close((found, dict(state.phi)), (value, dict(wanted)), 1e-12)
 
 
+@pytest.mark.parametrize('target', [None, 'head'])
+def test_the_state_of_the_inner_optimizer_is_handed_on(target):
+    with small.doubles(), jax.numpy_dtype_promotion('standard'):  # of optax
+        params, phi, loss = small.make('chain')
+        tasks, tx = small.tasks(), optax.adam(0.05)
+        adapts = lambda path: target is None or target in jax.tree_util.keystr(path)
+
+        @quick.jit
+        def by_hand(params, phi, state, task, keys):
+            support, query = task
+            for key in keys[:-1]:
+                grads = jax.grad(loss, argnums=1)(params, phi, support, key)
+                updates, state = tx.update(grads, state)
+                phi = jax.tree_util.tree_map_with_path(
+                    lambda path, x, u: x + u if adapts(path) else x, phi, updates
+                )
+            return loss(params, phi, query, keys[-1]), phi, state
+
+        wanted, state = phi, tx.init(phi)
+        for _ in range(2):  # the second begins where the first has come to
+            each = [
+                by_hand(params, wanted, state, small.task(tasks, i), small.keys_of(KEY, i, STEPS))
+                for i in range(small.TASKS)
+            ]
+            same = lambda *x: (sum(x) / small.TASKS).astype(jnp.asarray(x[0]).dtype)
+            value, mean, state = jax.tree.map(same, *each)
+            wanted = jax.tree.map(lambda start, end: start + 0.25 * (end - start), wanted, mean)
+
+        learner = pj.meta.reptile(loss, tx, steps=STEPS, target=target, carry=True)
+        outer = pj.chain_optimizer({'phi': optax.sgd(0.25), 'inner': optax.sgd(1.0)})
+        step = pj.train_step(
+            lambda params, phi, tasks, _: learner.loss(params, phi, tasks, KEY), outer
+        )
+        own = pj.start(outer, jax.tree.map(jnp.copy, learner.init(phi)), jax.random.key(1))
+        found = 0.0
+        for _ in range(2):
+            own, found = step(params, own, tasks)
+        small.assert_close((found, own.phi['phi']), (value, dict(wanted)), 1e-12)
+        assert float(own.phi['inner'][0]) == 2 * STEPS == float(state[0].count)
+
+        support, keys = small.task(tasks, 0)[0], small.keys_of(KEY, 0, STEPS)
+        _, ended, _ = by_hand(params, wanted, state, (support, support), keys)
+        adapted = learner.adapt(params, own.phi, support, jax.random.fold_in(KEY, 0))
+        small.assert_close(dict(adapted), dict(ended), 1e-12)
+
+
+def test_a_state_is_not_handed_on_for_what_only_a_task_has():
+    with pytest.raises(ValueError, match='carry goes without begin'):
+        pj.meta.reptile(
+            lambda params, phi, batch, key: 0.0,
+            optax.sgd(0.1),
+            steps=2,
+            begin=lambda *_: {},
+            carry=True,
+        )
+
+
 def test_one_step_is_refused():
     with pytest.raises(ValueError, match='at least 2 steps: received 1. After one'):
         pj.meta.reptile(lambda params, phi, batch, key: 0.0, optax.sgd(0.1), steps=1)
