@@ -116,7 +116,9 @@ def json_of(found: Joined) -> str:
         'results': found.records,
         'beside_fresh_lora': _paired.beside_fresh(found.records, found.tasks),
     }
-    head = {'options': found.options, 'shapes': found.shapes, 'versions': found.versions}
+    named = {name: pathlib.Path(found.options[name]).name for name in ('train', 'valid', 'test')}
+    options = found.options | named  # where files lay tells nobody anything
+    head = {'options': options, 'shapes': found.shapes, 'versions': found.versions}
     parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
     for name, own in rows.items():
         parts.append(f'"{name}": [\n' + ',\n'.join(map(json.dumps, own)) + '\n]')

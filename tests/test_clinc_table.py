@@ -15,7 +15,8 @@ if not (HOME / 'clinc_table.py').is_file():
 sys.path.insert(0, str(HOME))
 import clinc_table  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-OPTIONS = dict.fromkeys(clinc_table.BY_SHAPE) | {'seed': 0, 'queries': 10, 'episodes': 2}
+FILES = {name: f'here/{name}.jsonl' for name in ('train', 'valid', 'test')}
+OPTIONS = {**dict.fromkeys(clinc_table.BY_SHAPE), **FILES, 'seed': 0, 'episodes': 2}
 
 
 def folder(*keys, versions='1', **options):
@@ -38,11 +39,12 @@ def test_methods_and_shapes_of_several_folders_come_together():
     assert [(row['method'], row['shots']) for row in found.records] == [
         ('lora', 1), ('maml', 1), ('maml', 5),
     ]  # fmt: skip
-    assert found.options == {'seed': 0, 'queries': 10}
+    assert found.options == {**FILES, 'seed': 0}
     assert found.shapes['5-way 5-shot']['meta_shots'] == 1
     assert found.shapes['5-way 1-shot']['meta_shots'] is None
     said = json.loads(clinc_table.json_of(found))
     assert said['results'] == found.records and said['versions'] == {'jax': '1'}
+    assert said['options'] == {'seed': 0, **{name: f'{name}.jsonl' for name in FILES}}
     (beside,) = said['beside_fresh_lora']
     wanted = (third.tasks[MAML] - other.tasks[LORA]).mean(0)
     assert beside['method'] == 'maml' and beside['difference'] == pytest.approx(wanted, abs=1e-3)
