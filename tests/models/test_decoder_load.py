@@ -114,8 +114,8 @@ def test_each_device_gets_its_part(tmp_path):
         np.testing.assert_array_equal(leaf, by_path(here.params)[path].astype(jnp.bfloat16))
 
 
-def test_no_more_is_held_than_the_model_and_one_tensor(tmp_path):
-    fields = FIELDS | {'hidden_size': 128, 'intermediate_size': 256, 'vocab_size': 600}
+def test_no_more_is_held_than_the_model_and_half_of_one_tensor(tmp_path):
+    fields = FIELDS | {'hidden_size': 256, 'intermediate_size': 512, 'vocab_size': 4000}
     folder = write(tmp_path / 'model', fields, shard_bytes=10**6)
     mesh = jax.make_mesh((2,), ('x',), devices=jax.devices()[:2])
     along = lambda path: NamedSharding(mesh, P('x') if 'embed' in path else P())
@@ -126,8 +126,8 @@ def test_no_more_is_held_than_the_model_and_one_tensor(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         model = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        largest = 4 * 600 * 128
-        assert model < peak < model + largest + 200_000, (options, model, peak)
+        largest = 4 * 4000 * 256  # large beside what tracing leaves for the garbage collector
+        assert model < peak < model + largest / 2, (options, model, peak)
 
 
 def test_only_what_is_the_configs_is_saved_and_nothing_is_replaced(tmp_path):
