@@ -1,11 +1,13 @@
 """Puts folders of `peftjax meta` into one: results, tasks, table and picture.
 
     python benchmarks/clinc_table.py runs/clinc/* --out runs/clinc-all [--json results/clinc.json]
+        [--untimed]
 
 Each folder has some methods on some shapes of tasks, so that they can be run side by side. What
 makes results of one shape comparable must be the same in all folders that have it: data, tasks,
 rates, seeds, versions, device. Shapes may differ in how many tasks they have, after which steps
 these are judged, and what phi was meta-trained on; for each shape that is said beside the results.
+Times of a machine that had other work tell nothing: `--untimed` leaves them out.
 """
 
 import argparse
@@ -46,11 +48,14 @@ def main() -> None:
     parser.add_argument('folders', nargs='+', type=pathlib.Path, help='those to put together')
     parser.add_argument('--out', type=pathlib.Path, required=True, help='a new folder')
     parser.add_argument('--json', type=pathlib.Path, help='the results once more, here')
+    parser.add_argument('--untimed', action='store_true', help='leave out all times')
     options = parser.parse_args()
     out = options.out
     if out.exists():
         parser.error(f'--out must be a new folder: {out} is there')
     found = joined({str(folder): _results.read(folder) for folder in options.folders})
+    if options.untimed:
+        found = found._replace(records=[untimed(record) for record in found.records])
     text = _results.text(found.records, found.tasks)
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / _results.FILE, options.json):
@@ -94,6 +99,12 @@ def joined(folders: dict[str, Found]) -> Joined:
             tasks[key] = found.tasks[key]
     records.sort(key=lambda record: (record['ways'], record['shots']))
     return Joined(common(one.options), shapes, one.versions, records, tasks)
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    """A result without times."""
+    meta = record['meta'] and record['meta'] | {'seconds': None, 'compile_seconds': None}
+    return record | {'milliseconds': None, 'compile_seconds': None, 'meta': meta}
 
 
 def common(options: dict[str, Any]) -> dict[str, Any]:

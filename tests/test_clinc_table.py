@@ -63,3 +63,12 @@ def test_methods_and_shapes_of_several_folders_come_together():
 def test_what_cannot_be_compared_is_refused(other, said):
     with pytest.raises(ValueError, match=said):
         clinc_table.joined({'a': folder(LORA), 'b': other})
+
+
+def test_times_can_be_left_out():
+    meta = {'learner': 'maml', 'seconds': 3.0, 'compile_seconds': 1.0}
+    record = {'method': 'maml', 'milliseconds': 2.0, 'compile_seconds': 4.0, 'meta': meta}
+    nothing = {'milliseconds': None, 'compile_seconds': None}
+    told = {'learner': 'maml', 'seconds': None, 'compile_seconds': None}
+    assert clinc_table.untimed(record) == {'method': 'maml', **nothing, 'meta': told}
+    assert clinc_table.untimed(record | {'meta': None})['meta'] is None

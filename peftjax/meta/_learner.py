@@ -1,6 +1,6 @@
 """What a meta-algorithm is, and the mean of its loss over tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ class Learner(NamedTuple):
 
     Attributes:
       init: `init(phi) -> meta_phi`, what is trained: phi itself, but for Meta-SGD, which puts its
-        rates beside it.
+        rates beside it, and Reptile with `carry`, which puts its inner optimizer's state there.
       loss: `loss(params, meta_phi, tasks, key)`, a scalar: the mean over tasks, for
         `pj.train_step`. Tasks are `(support, query)`, leaves `(tasks, ...)`. Task `i` draws from
         `fold_in(key, i)`, whatever the other tasks are.
@@ -88,6 +88,23 @@ def with_own_gradient(both: Both) -> OneTask:
 
     own.defvjp(forward, backward)
     return lambda params, phi, task, key: own(phi, (params, task, key))
+
+
+def parts(trained: Phi, *names: str) -> tuple[Any, ...]:
+    """What a learner trains beside phi, and phi.
+
+    Raises:
+      ValueError: it is something else, as a phi that did not go through `init`.
+    """
+    if not isinstance(trained, Mapping) or set(trained) != set(names):
+        found = (
+            sorted(map(str, trained)) if isinstance(trained, Mapping) else type(trained).__name__
+        )
+        raise ValueError(
+            f'this learner trains a dict of {list(names)}: received {found}. Begin with '
+            'learner.init(phi), and adapt from what was trained of that'
+        )
+    return tuple(trained[name] for name in names)
 
 
 def _check(tasks: Any) -> None:

@@ -11,7 +11,7 @@ import optax
 
 from peftjax._types import Array, Phi, PyTree, Target
 from peftjax.meta._inner import chosen, inner, value
-from peftjax.meta._learner import Learner, over_tasks
+from peftjax.meta._learner import Learner, over_tasks, parts
 from peftjax.train import LossFn
 
 
@@ -40,7 +40,8 @@ def meta_sgd(
       The learner.
 
     Raises:
-      ValueError: as of `maml`; from `init`, a target finds nothing.
+      ValueError: as of `maml`; from `init`, a target finds nothing; what is trained is not from
+        `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,9 +63,8 @@ def meta_sgd(
         return {'phi': phi, 'rates': jax.tree.map(of, chosen(target, phi))}
 
     def adapt(params: PyTree, trained: Phi, support: Any, key: Array) -> Phi:
-        return inner(loss, _descent(trained['rates']), steps, target)(
-            params, trained['phi'], support, key
-        )
+        phi, rates = parts(trained, 'phi', 'rates')
+        return inner(loss, _descent(rates), steps, target)(params, phi, support, key)
 
     def one(params: PyTree, trained: Phi, task: tuple[Any, Any], key: Array) -> Array:
         support, query = task

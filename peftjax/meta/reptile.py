@@ -11,7 +11,7 @@ import optax
 
 from peftjax._types import Array, Phi, PyTree, Target
 from peftjax.meta._inner import Begin, begun, chosen, inner, loop, value
-from peftjax.meta._learner import Learner, over_tasks, with_own_gradient
+from peftjax.meta._learner import Learner, over_tasks, parts, with_own_gradient
 from peftjax.train import LossFn
 
 
@@ -49,7 +49,7 @@ def reptile(
 
     Raises:
       ValueError: `steps` is less than 2, `begin` with `carry` (what only a task has would have no
-        state), or as of `maml`.
+        state), or as of `maml`; with `carry`, what is trained is not from `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -99,9 +99,9 @@ def _carrying(
         return {'phi': phi, 'inner': _floating(tx.init(chosen(target, phi)))}
 
     def ended(params: PyTree, trained: Phi, support: Any, key: Array) -> Phi:
-        phi = trained['phi']
+        phi, leaves = parts(trained, 'phi', 'inner')
         shapes, whole = jax.tree.flatten(jax.eval_shape(tx.init, chosen(target, phi)))
-        pairs = zip(trained['inner'], shapes, strict=True)
+        pairs = zip(leaves, shapes, strict=True)
         state = whole.unflatten([leaf.astype(shape.dtype) for leaf, shape in pairs])
         phi, state = go(params, phi, state, support, key)
         return {'phi': phi, 'inner': _floating(state)}

@@ -89,6 +89,22 @@ def test_the_state_of_the_inner_optimizer_is_handed_on(target):
         small.assert_close(dict(adapted), dict(ended), 1e-12)
 
 
+@pytest.mark.parametrize(
+    'learner',
+    [
+        pj.meta.reptile(lambda *_: 0.0, optax.adam(0.1), steps=2, carry=True),
+        pj.meta.meta_sgd(lambda *_: 0.0, rate=0.1),
+    ],
+    ids=['reptile', 'meta_sgd'],
+)
+def test_a_phi_that_did_not_begin_with_init_is_refused(learner):
+    tasks, phi = (jnp.ones((1, 2)), jnp.ones((1, 2))), {'a': jnp.ones(1)}
+    with pytest.raises(ValueError, match=r"received \['a'\]. Begin with learner.init"):
+        learner.loss({}, phi, tasks, KEY)
+    with pytest.raises(ValueError, match=r"received \['a'\]. Begin with learner.init"):
+        learner.adapt({}, phi, jnp.ones(2), KEY)
+
+
 def test_a_state_is_not_handed_on_for_what_only_a_task_has():
     with pytest.raises(ValueError, match='carry goes without begin'):
         pj.meta.reptile(

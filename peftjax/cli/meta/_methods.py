@@ -72,7 +72,7 @@ needs one of its own."""
 
 INNER = (Rates(0.3, 10.0), Rates(1.0, 10.0))
 """Rates of the inner loop while phi is learned. A fresh phi, half of which is zero and its
-gradients small, could do with a hundred times as much; what is learned from there could not."""
+gradients small, can do with larger ones; what is learned from there cannot."""
 
 _LEARNERS: dict[Learner, str] = {
     'maml': 'MAML',

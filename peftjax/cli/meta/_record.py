@@ -68,13 +68,13 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _row(record: dict[str, Any], steps: Sequence[int]) -> list[str]:
-    meta, took = record['meta'], record['milliseconds']
+    took, learned = record['milliseconds'], (record['meta'] or {}).get('seconds')
     return [
         record['method'],
         f'{record["phi_parameters"]:,}',
         *_cells(record, steps),
         '-' if took is None else f'{took:.3g}',
-        '-' if meta is None else f'{meta["seconds"]:.0f}',
+        '-' if learned is None else f'{learned:.0f}',
         _report.size(record['peak_bytes']),
     ]
 
