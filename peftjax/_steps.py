@@ -7,6 +7,7 @@ it was written, only the manifest can tell.
 import logging
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ STEP = re.compile(r'\d+(\.orbax-checkpoint-tmp.*)?')
 
 PIECES = 'pieces'
 """The item that holds the arrays where they are large."""
+
+PATIENCE = 2.0
+"""Seconds in which the writes of a step that failed may still arrive: TensorStore goes on with
+those that it has begun, and each makes its folders anew."""
 
 _log = logging.getLogger('peftjax')
 
@@ -118,9 +123,17 @@ class Steps:
 
     def _clear(self, step: int) -> None:
         """Removes what a step that could not be written has left; the next start tries again."""
-        for path in self._folder.glob(f'{step}*'):
-            if STEP.fullmatch(path.name) and path.name.split('.')[0] == str(step):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            for path in self._left(step):
                 shutil.rmtree(path, ignore_errors=True)
+            time.sleep(PATIENCE / 10)
+            if not self._left(step):
+                return
+
+    def _left(self, step: int) -> list[Path]:
+        named = (path for path in self._folder.glob(f'{step}*') if STEP.fullmatch(path.name))
+        return [path for path in named if path.name.split('.')[0] == str(step)]
 
     def _restore(self, step: int, **args: Any) -> Any:
         try:

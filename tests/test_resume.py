@@ -1,5 +1,6 @@
 """Checkpoints of a run: bit for bit, sealed, of one run and one writer."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -8,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -348,6 +350,32 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
         saved.save(state)
         assert saved.steps()[-1] == 6
     assert not [path for path in folder.rglob('*') if 'tmp' in path.name or 'part' in path.name]
+
+
+def test_what_is_still_being_written_when_a_step_fails_goes_too(folder, monkeypatch):
+    """TensorStore goes on with writes that it has begun, after another one failed."""
+
+    def late(made):
+        for number in range(50):
+            with contextlib.suppress(OSError):  # removed between the two
+                made.mkdir(parents=True, exist_ok=True)
+                (made / str(number)).write_text('late')
+            time.sleep(0.01)
+
+    def failing(self, step, **kwargs):
+        made = folder / 'steps' / f'{step}.orbax-checkpoint-tmp' / 'd'
+        writing.append(threading.Thread(target=late, args=(made,)))
+        writing[0].start()
+        raise ValueError('File too large')
+
+    writing: list[threading.Thread] = []
+    saved = checkpoints(folder, keep=9)
+    monkeypatch.setattr(type(saved._steps._manager), 'save', failing)
+    saved.save(fresh()._replace(step=jnp.int32(6)))
+    with pytest.raises(OSError, match='File too large'):
+        saved.close()
+    writing[0].join()
+    assert sorted(path.name for path in (folder / 'steps').iterdir()) == list('012345')
 
 
 def test_saving_goes_on_beside_the_next_step(tmp_path, monkeypatch):
