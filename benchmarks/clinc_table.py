@@ -20,7 +20,8 @@ from peftjax.cli.meta import _curves, _paired, _record, _results
 from peftjax.cli.meta._results import Found
 
 BY_SHAPE = (
-    'episodes', 'valid_episodes', 'steps', 'meta_ways', 'meta_shots', 'meta_steps', 'meta_tasks',
+    'episodes', 'valid_episodes', 'steps', 'meta_ways', 'meta_shots', 'meta_queries', 'meta_steps',
+    'meta_tasks',
 )  # fmt: skip
 """Options that shapes may differ in."""
 

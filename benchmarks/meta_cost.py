@@ -8,6 +8,7 @@ many GFLOP/s. The options are those of the command, with its defaults.
 """
 
 import argparse
+import itertools
 import json
 
 import jax
@@ -32,13 +33,10 @@ def main() -> None:
     own, others = parser.parse_known_args()
     options = parse(['meta', '--train=-', '--valid=-', '--test=-', *others])
     ground = empty(options.model, own.tokens)
-    for ways in options.ways:
-        for shots in options.shots:
-            for way in WAYS.values():
-                if way.recipe:
-                    for row in counted(ground, way, Shape(ways, shots), options):
-                        row['minutes'] = round(row['gflop'] / own.gflops / 60, 1)
-                        print(json.dumps(row), flush=True)
+    for way in WAYS.values():
+        for row in counted(ground, way, options) if way.recipe else ():
+            row['minutes'] = round(row['gflop'] / own.gflops / 60, 1)
+            print(json.dumps(row), flush=True)
 
 
 def empty(model: str, tokens: int) -> Ground:
@@ -51,28 +49,37 @@ def empty(model: str, tokens: int) -> Ground:
     return Ground(model, loaded.model.apply_fn, theta, jnp.zeros((1, 1)), parts, tokens)
 
 
-def counted(ground: Ground, way: Way, shape: Shape, options: argparse.Namespace) -> list[dict]:
-    """What adapting costs, and what learning phi costs: said once, where it is not tuned."""
-    space = Space(*attached(ground, way.method()), shape.ways)
-    phi = jax.eval_shape(space.peft.init, jax.random.key(0), ground.theta['params'])
-    said = {'method': way.name, **shape._asdict()}
-    found = [said | {'of': 'adapting', 'gflop': adapting(ground, space, way, shape, options, phi)}]
+def counted(ground: Ground, way: Way, options: argparse.Namespace) -> list[dict]:
+    """What adapting costs for each shape of tasks, and what learning phi costs, where it is not
+    tuned."""
+    plan = attached(ground, way.method())
+    phi = jax.eval_shape(plan[0].init, jax.random.key(0), ground.theta['params'])
+    found = []
+    for ways, shots in itertools.product(options.ways, options.shots):
+        shape = Shape(ways, shots)
+        gflop = adapting(ground, Space(*plan, ways), way, shape, options, phi)
+        said = {'method': way.name, **shape._asdict()}
+        found.append(said | {'of': 'adapting', 'gflop': gflop})
     if way.learner and not way.tuned:
+        shape = _learn.shape(options, [np.arange(_learn.WAYS)])
+        space = Space(*plan, shape.ways)
         judged = Adapting(ground.theta, space, way, options.inner_steps, (1, 1))
-        meta = Meta(ground, way, shape, judged, shots(shape, options.queries), 1.0, options, phi)
+        valid = drawn(shape, options.queries)
+        meta = Meta(ground, way, space, shape, judged, valid, 1.0, options, phi)
         tasks = next(_learn.episodes(meta))
         loss = _learn.loss(meta, way.grid()[0])
         of_step = flops(
             jax.make_jaxpr(jax.grad(loss, argnums=1))(ground.theta, phi, tasks, jax.random.key(0))
         )
-        found.append(said | {'of': 'meta-training', 'gflop': options.meta_steps * of_step / 1e9})
+        said = {'method': way.name, **shape._asdict(), 'of': 'meta-training'}
+        found.append(said | {'gflop': options.meta_steps * of_step / 1e9})
     return found
 
 
 def adapting(ground, space: Space, way: Way, shape: Shape, options, phi) -> float:
     """GFLOPs of validation at all rates, and of the test at those that were chosen for some steps
     (as if two were)."""
-    task = shots(shape, options.queries)
+    task = drawn(shape, options.queries)
     support, query = (jax.tree.map(lambda x: x[0], half) for half in task)
     count = lambda fn, *args: flops(jax.make_jaxpr(fn)(ground.theta, *args)) / 1e9
     begin = count(space.begin, phi, support)
@@ -88,7 +95,7 @@ def adapting(ground, space: Space, way: Way, shape: Shape, options, phi) -> floa
     )
 
 
-def shots(shape: Shape, queries: int) -> data.Episode:
+def drawn(shape: Shape, queries: int) -> data.Episode:
     """One task of the shape."""
     labels = np.repeat(np.arange(99, dtype=np.int32), 99)
     return next(data.Episodes(labels, **shape._asdict(), queries=queries, tasks=1, seed=0))

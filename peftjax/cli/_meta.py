@@ -10,6 +10,7 @@ from peftjax import Peft, data
 from peftjax.cli._terminal import progress, say
 from peftjax.cli.meta import _frozen, _ground, _learn, _record
 from peftjax.cli.meta._adapt import Adapting
+from peftjax.cli.meta._frozen import Prototypes
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._learn import Meta, Shape
 from peftjax.cli.meta._methods import WAYS, Rates, Way, chosen
@@ -32,12 +33,13 @@ def run(options: argparse.Namespace) -> int:
         say(f'{results.out} has all of these: there is nothing to go on with')
         return 0
     examples = _ground.read(options)
-    _check(options, examples, todo)
+    learned_on = _learn.shape(options, [examples[name].labels for name in ('train', 'valid')])
+    _check(options, examples, todo, learned_on)
     ground = _ground.load(options, examples)
     results.begin()
     say(_about(ground, options, len(todo), len(results.records)))
     with progress(len(todo)) as bar:
-        cells = Cells(ground, options, results)
+        cells = Cells(ground, options, results, learned_on)
         for way, shape in todo:
             bar.set_description(f'{way.name}, {shape.ways} ways, {shape.shots} shots')
             results.add(*cells.record(way, shape))
@@ -51,29 +53,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(
-    options: argparse.Namespace, examples: dict[str, data.Examples], todo: list[tuple[Way, Shape]]
+    options: argparse.Namespace,
+    examples: dict[str, data.Examples],
+    todo: list[tuple[Way, Shape]],
+    learned_on: Shape,
 ) -> None:
     """Refuses tasks that the files have too few labels or texts for, before any work."""
     for name, own in examples.items():
         part = _ground.Part(name, own.labels, 0)
         for way, shape in todo:
             if name != 'train':
-                _episodes(part, shape, options, 1, 0)
+                _episodes(part, shape, options.queries, 1, 0)
             if name != 'test' and way.learner is not None:
-                _episodes(part, _meta_shape(options, shape), options, 1, 0)
+                count = options.queries if name == 'valid' else options.meta_queries
+                _episodes(part, learned_on, count, 1, 0)
 
 
 def _episodes(
-    part: _ground.Part, shape: Shape, options: argparse.Namespace, tasks: int, seed: int
+    part: _ground.Part, shape: Shape, queries: int, tasks: int, seed: int
 ) -> data.Episode:
     """So many tasks of one file."""
-    queries = options.queries
-    return next(part.episodes(ways=shape.ways, shots=shape.shots, queries=queries, tasks=tasks,
-                              seed=seed))  # fmt: skip
-
-
-def _meta_shape(options: argparse.Namespace, shape: Shape) -> Shape:
-    return Shape(options.meta_ways or shape.ways, options.meta_shots or shape.shots)
+    return next(part.episodes(**shape._asdict(), queries=queries, tasks=tasks, seed=seed))
 
 
 def _about(ground: Ground, options: argparse.Namespace, todo: int, done: int) -> str:
@@ -90,9 +90,13 @@ def _about(ground: Ground, options: argparse.Namespace, todo: int, done: int) ->
 class Cells:
     """Results one by one; episodes are those of their shape, the same for all methods."""
 
-    def __init__(self, ground: Ground, options: argparse.Namespace, results: Results):
+    def __init__(
+        self, ground: Ground, options: argparse.Namespace, results: Results, learned_on: Shape
+    ):
         self._ground, self._options, self._adapters = ground, options, results.adapters
+        self._learned_on = learned_on
         self._made: dict[tuple[str, bool, Shape], Adapting] = {}
+        self._still: dict[str, Prototypes] = {}
         self._recipes: dict[str, tuple[Peft, Any, Any]] = {}
         self._sharp: dict[Shape, float] = {}
 
@@ -106,9 +110,13 @@ class Cells:
         if not way.recipe:
             more, found = self._frozen(way, shape, valid, test)
         else:
-            phi, meta = self._start(way, shape)
-            adapting = self._adapting(way, shape)
-            more, found = self._adapted(way, adapting, phi, valid, test, sharp)
+            phi, meta = self._start(way)
+            if way.still:
+                more, found = self._prototypes(way, phi, test, shape.ways)
+            else:
+                more, found = self._adapted(
+                    way, self._adapting(way, shape), phi, valid, test, sharp
+                )
             more |= {'meta': meta}
         said |= {'accuracy': _record.means(found), 'interval': _record.interval(found)}
         return said | more, found
@@ -127,18 +135,21 @@ class Cells:
             self._recipes[way.recipe] = peft, forward, jax.jit(peft.init)(key, params)
         return self._recipes[way.recipe]
 
+    def _space(self, way: Way, shape: Shape) -> Space:
+        return Space(*self._recipe(way)[:2], shape.ways)
+
     def _drawn(self, name: str, shape: Shape) -> data.Episode:
         options, part = self._options, self._ground.parts[name]
         count = {'valid': options.valid_episodes, 'test': options.episodes}[name]
         seed = options.seed + {'valid': VALID, 'test': TEST}[name]
-        return _episodes(part, shape, options, count, seed)
+        return _episodes(part, shape, options.queries, count, seed)
 
     def _adapting(self, way: Way, shape: Shape) -> Adapting:
         """What all methods share that adapt the same kind of phi by the same optimizer."""
         key = (way.recipe, way.tuned, shape)
         if key not in self._made:
             most = max(*self._options.steps, self._options.inner_steps)
-            space = Space(*self._recipe(way)[:2], shape.ways)
+            space = self._space(way, shape)
             validated = self._options.valid_episodes * len(way.grid())
             counts = (validated, self._options.episodes)
             self._made[key] = Adapting(self._ground.theta, space, way, most, counts)
@@ -169,17 +180,42 @@ class Cells:
         }
         return said, found[:, None]
 
-    def _start(self, way: Way, shape: Shape) -> tuple[Any, dict[str, Any] | None]:
+    def _prototypes(
+        self, way: Way, phi: Any, test: data.Episode, ways: int
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """The nearest prototype with a phi that was learned for it: no steps, one accuracy."""
+        still = self._looking(way)
+        compiled = still.programs.seconds
+        found = still.accuracies(phi, test, ways)
+        said = {
+            'steps': [0],
+            'rates': None,
+            'validation': [],
+            'phi_parameters': _learn.sizes(phi),
+            'milliseconds': None,
+            'compile_seconds': still.programs.seconds - compiled,
+            'peak_bytes': still.programs.peak_bytes,
+        }
+        return said, found[:, None]
+
+    def _looking(self, way: Way) -> Prototypes:
+        if way.recipe not in self._still:
+            space = self._space(way, self._learned_on)  # how many ways a task has is no matter
+            self._still[way.recipe] = Prototypes(self._ground.theta, space)
+        return self._still[way.recipe]
+
+    def _start(self, way: Way) -> tuple[Any, dict[str, Any] | None]:
         """The phi that tasks begin with, and how it was learned."""
         fresh = self._recipe(way)[2]
         if way.learner is None:
             return fresh, None
-        own, inner = _meta_shape(self._options, shape), WAYS[way.learner]
+        own, inner = self._learned_on, WAYS[way.learner]
         meta = Meta(
             self._ground,
             inner,
+            self._space(inner, own),
             own,
-            self._adapting(inner, own),
+            self._looking(inner) if inner.still else self._adapting(inner, own),
             self._drawn('valid', own),
             self._sharpness(own),
             self._options,
@@ -198,12 +234,8 @@ class Cells:
     ) -> tuple[dict[str, Any], np.ndarray]:
         """Accuracy after each number of steps, at the rates that validation found best for it."""
         compiled = adapting.programs.seconds
-        asked = [0] if way.still else self._options.steps
-        grid = way.grid()[:1] if way.still else way.grid()
-        if way.still:
-            table = np.zeros((1, 1))
-        else:
-            table = adapting.accuracies(phi, grid, valid, sharp, asked).mean(1)
+        asked, grid = self._options.steps, way.grid()
+        table = adapting.accuracies(phi, grid, valid, sharp, asked).mean(1)
         best = table.argmax(0)
         found = np.empty((len(test.support.labels), len(asked)), np.float32)
         for i in sorted(set(best.tolist())):
@@ -214,9 +246,9 @@ class Cells:
         said = {
             'steps': list(asked),
             'rates': rates,
-            'validation': [] if way.still else _validation(grid, table),
+            'validation': _validation(grid, table),
             'phi_parameters': _learn.sizes(phi),
-            'milliseconds': None if way.still else adapting.milliseconds(phi, grid[0], test, sharp),
+            'milliseconds': adapting.milliseconds(phi, grid[0], test, sharp),
             'compile_seconds': adapting.programs.seconds - compiled,
             'peak_bytes': adapting.programs.peak_bytes,
         }

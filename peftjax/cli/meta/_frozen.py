@@ -1,7 +1,8 @@
-"""Tasks learned on features of the frozen encoder, which are computed once."""
+"""Tasks learned on features that no task changes: they are computed once, a text at a time."""
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,40 @@ import optax
 
 from peftjax import data, meta
 from peftjax.cli._probe import minimum
+from peftjax.cli._programs import Programs
+from peftjax.cli.meta import _ground
+from peftjax.cli.meta._space import Space
 
 SHARPNESS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 """What the softmax over distances is chosen among."""
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 """Inverse penalties that logistic regression is chosen among."""
+
+
+class Prototypes:
+    """The nearest prototype in the features that a phi gives.
+
+    Attributes:
+      programs: the program, its compilation and its memory.
+    """
+
+    def __init__(self, theta: Any, space: Space):
+        """Compiles nothing yet."""
+        self._theta, self.programs = theta, Programs(jax.jit(space.embed))
+
+    def accuracies(self, phi: Any, episodes: data.Episode, ways: int) -> np.ndarray:
+        """Accuracies `(tasks,)` in percent; a text that several tasks have is looked at once.
+
+        Args:
+          phi: `{'body': …}`.
+          episodes: tasks, positions `(tasks, rows)`.
+          ways: classes of a task.
+        """
+        halves = [np.ravel(half.inputs) for half in episodes]
+        index = np.unique(np.concatenate(halves))
+        features = _ground.encoded(self.programs, self._theta, phi, index)
+        return np.asarray(nearest(features, episodes, ways))
 
 
 def sharpness(features: jax.Array, episodes: data.Episode, ways: int) -> float:

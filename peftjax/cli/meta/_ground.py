@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,15 +111,11 @@ def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Gro
         'ids': jnp.asarray(tokens.input_ids),
         'mask': jnp.asarray(tokens.attention_mask),
     }
-    features = _features(loaded.model.apply_fn, theta, parts['train'].first)
-    return Ground(
-        options.model,
-        loaded.model.apply_fn,
-        theta,
-        jnp.asarray(features),
-        parts,
-        options.max_tokens,
+    apply, judged = loaded.model.apply_fn, np.arange(parts['train'].first)
+    features = encoded(
+        jax.jit(lambda theta, _, index: embed(apply, theta, index)), theta, {}, judged
     )
+    return Ground(options.model, apply, theta, features, parts, options.max_tokens)
 
 
 def pooled(hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -131,14 +128,28 @@ def pooled(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return means * lax.rsqrt(jnp.square(means).sum(-1, keepdims=True))
 
 
-def _features(apply: Any, theta: dict[str, Any], count: int) -> np.ndarray:
-    """Those of the first texts, once for all frozen methods."""
+def embed(apply: Callable[..., jax.Array], theta: dict[str, Any], index: jax.Array) -> jax.Array:
+    """Features `(texts, width)` of texts at positions."""
+    ids, mask = theta['ids'][index], theta['mask'][index]
+    return pooled(apply(theta['params'], ids, attention_mask=mask), mask)
 
-    @jax.jit
-    def some(theta: dict[str, Any], index: jax.Array) -> jax.Array:
-        ids, mask = theta['ids'][index], theta['mask'][index]
-        return pooled(apply(theta['params'], ids, attention_mask=mask), mask)
 
-    starts = range(0, count, ROWS)
-    index = [np.minimum(np.arange(start, start + ROWS), count - 1) for start in starts]
-    return np.concatenate([np.asarray(some(theta, one)) for one in index])[:count]
+def encoded(
+    program: Callable[..., jax.Array], theta: dict[str, Any], phi: Any, index: np.ndarray
+) -> jax.Array:
+    """Features of many texts, some at a time.
+
+    Args:
+      program: `program(theta, phi, index)` to features of so many texts, compiled.
+      theta: the encoder and its texts.
+      phi: what it has.
+      index: of the texts, ascending.
+
+    Returns:
+      `(index[-1] + 1, width)`; zero between.
+    """
+    places = np.pad(index, (0, -len(index) % ROWS), mode='edge').reshape(-1, ROWS)
+    rows = np.concatenate([np.asarray(program(theta, phi, one)) for one in places])
+    found = np.zeros((index[-1] + 1, rows.shape[1]), rows.dtype)
+    found[index] = rows[: len(index)]
+    return jnp.asarray(found)

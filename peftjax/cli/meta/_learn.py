@@ -17,6 +17,7 @@ from peftjax import checkpoint, data
 from peftjax.cli import _saved
 from peftjax.cli._programs import Programs
 from peftjax.cli.meta._adapt import Adapting, descent
+from peftjax.cli.meta._frozen import Prototypes
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._methods import INNER, Rates, Way
 from peftjax.cli.meta._space import Space
@@ -26,6 +27,10 @@ CLIP = 1.0
 
 EVALUATIONS = 10
 """How often phi is judged on validation episodes; the best one is kept."""
+
+WAYS = 20
+"""Labels of a task of meta-training, where there are so many. The more there are, the more each
+text is told apart from, and what is learned serves tasks of fewer."""
 
 
 class Shape(NamedTuple):
@@ -41,8 +46,10 @@ class Meta(NamedTuple):
     Attributes:
       ground: encoder and texts.
       way: by which learner.
+      space: the method.
       shape: of the tasks.
-      adapting: judges on validation episodes of that shape.
+      adapting: judges on validation episodes of that shape; of a way that makes no steps,
+        prototypes do.
       valid: those episodes.
       sharpness: of the heads that tasks begin with.
       options: as parsed.
@@ -51,17 +58,13 @@ class Meta(NamedTuple):
 
     ground: Ground
     way: Way
+    space: Space
     shape: Shape
-    adapting: Adapting
+    adapting: Adapting | Prototypes
     valid: data.Episode
     sharpness: float
     options: argparse.Namespace
     fresh: Any
-
-    @property
-    def space(self) -> Space:
-        """The method."""
-        return self.adapting.space
 
     @property
     def name(self) -> str:
@@ -70,9 +73,22 @@ class Meta(NamedTuple):
 
     def judge(self, phi: Any, rates: Sequence[Rates]) -> np.ndarray:
         """Mean accuracies `(rates,)` on validation episodes where the inner loop ends."""
-        steps = (0,) if self.way.still else (self.options.inner_steps,)
+        if isinstance(self.adapting, Prototypes):
+            return self.adapting.accuracies(phi, self.valid, self.shape.ways).mean(keepdims=True)
+        steps = (self.options.inner_steps,)
         found = self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps)
         return found.mean((1, 2))
+
+
+def shape(options: argparse.Namespace, labels: Sequence[np.ndarray]) -> Shape:
+    """The tasks that phi is meta-trained on.
+
+    Args:
+      options: as parsed.
+      labels: of the files to train and to validate on.
+    """
+    most = min(len(np.unique(own)) for own in labels)
+    return Shape(options.meta_ways or min(WAYS, most), options.meta_shots)
 
 
 def learned(meta: Meta, folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
@@ -194,7 +210,7 @@ def loss(meta: Meta, rates: Rates) -> Any:
 
 def episodes(meta: Meta) -> data.Episodes:
     """Tasks to train on. Reptile looks at supports alone: its supports have the queries too."""
-    options, shots, queries = meta.options, meta.shape.shots, meta.options.queries
+    options, shots, queries = meta.options, meta.shape.shots, meta.options.meta_queries
     if meta.way.learner == 'reptile':
         shots, queries = shots + queries, 1
     return meta.ground.parts['train'].episodes(

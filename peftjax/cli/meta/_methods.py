@@ -60,8 +60,8 @@ LEARNED = 'lora'
 ADAM_HEAD = (3e-3, 3e-2)
 GRIDS = {
     'full': ((3e-5, 1e-4, 3e-4), ADAM_HEAD),
-    'lora': ((1e-3, 3e-3, 1e-2), ADAM_HEAD),
-    'adapter': ((1e-3, 3e-3, 1e-2), ADAM_HEAD),
+    'lora': ((3e-4, 1e-3, 3e-3, 1e-2), ADAM_HEAD),
+    'adapter': ((3e-4, 1e-3, 3e-3, 1e-2), ADAM_HEAD),
     'prefix': ((1e-2, 3e-2, 1e-1), ADAM_HEAD),
 }
 """Rates of Adam by recipe, of the method and of the head."""

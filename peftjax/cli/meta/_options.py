@@ -64,16 +64,16 @@ def _tasks(sub: argparse.ArgumentParser) -> None:
 
 def _learning(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group('meta-training')
-    group.add_argument('--meta-steps', type=count, default=500, help='(%(default)s)')
-    group.add_argument('--meta-tasks', type=count, default=4, help='tasks of a step (%(default)s)')
-    group.add_argument('--meta-rate', type=positive, default=1e-3, help="Adam's rate (%(default)s)")
+    group.add_argument('--meta-steps', type=count, default=300, help='(%(default)s)')
+    group.add_argument('--meta-tasks', type=count, default=1, help='tasks of a step (%(default)s)')
+    group.add_argument('--meta-rate', type=positive, default=2e-4, help="Adam's rate (%(default)s)")
+    group.add_argument(
+        '--meta-ways', type=count, help='labels of a task (20, or as many as the files have)'
+    )
+    for name, what, default in (('shots', 'adapted to', 1), ('queries', 'then judged on', 4)):
+        text = f'examples of each that are {what} (%(default)s)'
+        group.add_argument(f'--meta-{name}', type=count, default=default, help=text)
     group.add_argument('--inner-steps', type=count, default=5, help='on each task (%(default)s)')
-    for name in ('ways', 'shots'):
-        group.add_argument(
-            f'--meta-{name}',
-            type=count,
-            help=f'learn one phi on tasks of so many {name}, for all --{name} (one for each)',
-        )
 
 
 class _Methods(argparse.Action):

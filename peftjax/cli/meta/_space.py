@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from peftjax import Chain, Method, Peft, attach, chain, data, meta
-from peftjax.cli.meta._ground import Ground, pooled
+from peftjax.cli.meta._ground import Ground, embed
 
 BODY, HEAD = 'body', 'head'
 """The parts of a phi: what a method adds to the encoder, and the classifier of a task."""
@@ -41,10 +41,9 @@ class Space:
     def embed(self, theta: Any, phi: Any, index: Any, key: Any = None) -> jax.Array:
         """Features of texts at positions, `(rows, width)`."""
         del key  # nothing is drawn
-        ids, mask = theta['ids'][index], theta['mask'][index]
         own = {BODY: phi[BODY]}
-        hidden = self.forward(theta['params'], own, ids, attention_mask=mask)
-        return pooled(hidden, mask)
+        apply = lambda params, ids, **mask: self.forward(params, own, ids, **mask)
+        return embed(apply, theta, index)
 
     def begin(self, theta: Any, phi: Any, support: data.Shots, key: Any = None) -> dict[str, Any]:
         """The head that a task begins with."""
