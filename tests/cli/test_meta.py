@@ -147,6 +147,17 @@ def test_every_kind_of_method_runs(files, peftjax, tmp_path):
     ]  # fmt: skip
 
 
+def test_one_phi_is_learned_for_all_shapes_on_as_many_labels_as_there_are(files, peftjax, tmp_path):
+    shapes = ('--shots', '1,2', '--meta-shots', 2, '--meta-queries', 1)
+    some = ('--methods', 'prototypical,reptile', '--out', tmp_path)
+    assert peftjax('meta', *files, *FEW, *shapes, *some).code == 0
+    learned = {record['method']: record['meta'] for record in results(tmp_path)}
+    assert sorted(path.name for path in (tmp_path / 'adapters').iterdir()) == [
+        'prototypical-2way-2shot', 'reptile-2way-2shot',
+    ]  # fmt: skip
+    assert all(record['meta'] == learned[record['method']] for record in results(tmp_path))
+
+
 WRONG = {
     '--methods lorra': "unknown method 'lorra'. Methods: nearest, logistic",
     '--methods lora,lora': 'a method twice',

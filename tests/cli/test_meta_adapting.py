@@ -8,7 +8,7 @@ import pytest
 import quick
 
 from peftjax import data
-from peftjax.cli.meta import _adapt, _frozen, _paired, _record
+from peftjax.cli.meta import _adapt, _frozen, _ground, _paired, _record
 from peftjax.cli.meta._methods import WAYS, Rates
 from peftjax.cli.meta._space import Space
 
@@ -108,6 +108,25 @@ def test_before_the_first_step_the_head_is_the_nearest_prototype():
     features = space.embed(theta, phi, jnp.arange(WORDS))
     wanted = _frozen.nearest(features, drawn, WAYS_OF_A_TASK)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    looked = _frozen.Prototypes(theta, space).accuracies(phi, drawn, WAYS_OF_A_TASK)
+    np.testing.assert_allclose(looked, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize('index', [[5], [0, 3, 17], list(range(2, 40, 3)), list(range(40))])
+def test_a_text_is_looked_at_once_and_keeps_its_place(monkeypatch, index):
+    theta, phi, space = world()
+    monkeypatch.setattr(_ground, 'ROWS', 8)
+    seen = []
+
+    def program(theta, phi, some):
+        seen.extend(some.tolist())
+        return space.embed(theta, phi, jnp.asarray(some))
+
+    found = _ground.encoded(program, theta, phi, np.array(index))
+    wanted = np.zeros((index[-1] + 1, WIDTH), np.float32)
+    wanted[index] = space.embed(theta, phi, jnp.array(index))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert set(seen) == set(index) and len(seen) == -(-len(index) // 8) * 8
 
 
 def test_sharpness_and_logistic_regression_look_at_features_alone():
