@@ -73,7 +73,7 @@ def nearest(features: jax.Array, episodes: data.Episode, ways: int) -> jax.Array
 def logistic(
     features: jax.Array, episodes: data.Episode, ways: int, strength: float
 ) -> tuple[np.ndarray, float]:
-    """Logistic regression on each support, beside all others.
+    """Logistic regression on each support; on an accelerator beside all others.
 
     Returns:
       Accuracies `(tasks,)` in percent, and milliseconds of one fit.
@@ -100,6 +100,8 @@ def _logistic(
         head = minimum(loss, {'kernel': jnp.zeros((x.shape[1], ways)), 'bias': jnp.zeros(ways)})
         return _accuracy(features[query.inputs] @ head['kernel'] + head['bias'][None], query)
 
+    if jax.default_backend() == 'cpu':
+        return jax.lax.map(one, episodes)  # side by side all would go on until the last one ends
     return jax.vmap(one)(episodes)
 
 
