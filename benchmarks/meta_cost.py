@@ -4,7 +4,8 @@
 
 One JSON line each: FLOPs of products in the traced programs (`peftjax/_flops.py`; nothing is
 compiled or run), for validation and test, or for meta-training; and minutes, if products run at so
-many GFLOP/s. The options are those of the command, with its defaults.
+many GFLOP/s. The options are those of the command, with its defaults. Prototypes are counted as if
+no text came in two tasks, which is the most that they can take.
 """
 
 import argparse
