@@ -51,8 +51,8 @@ def empty(model: str, tokens: int) -> Ground:
 
 
 def counted(ground: Ground, way: Way, options: argparse.Namespace) -> list[dict]:
-    """What adapting costs for each shape of tasks, and what learning phi costs, where it is not
-    tuned."""
+    """What adapting costs for each shape of tasks, and what learning phi costs, where it is used as
+    it is."""
     plan = attached(ground, way.method())
     phi = jax.eval_shape(plan[0].init, jax.random.key(0), ground.theta['params'])
     found = []
@@ -61,7 +61,7 @@ def counted(ground: Ground, way: Way, options: argparse.Namespace) -> list[dict]
         gflop = adapting(ground, Space(*plan, ways), way, shape, options, phi)
         said = {'method': way.name, **shape._asdict()}
         found.append(said | {'of': 'adapting', 'gflop': gflop})
-    if way.learner and not way.tuned:
+    if way.learner == way.name:
         shape = _learn.shape(options, [np.arange(_learn.WAYS)])
         space = Space(*plan, shape.ways)
         judged = Adapting(ground.theta, space, way, options.inner_steps, (1, 1))

@@ -1,7 +1,7 @@
 """`peftjax meta`: what helps to learn new labels from a few examples, and in how many steps?"""
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from peftjax import Peft, data
 from peftjax.cli._terminal import progress, say
 from peftjax.cli.meta import _frozen, _ground, _learn, _record
 from peftjax.cli.meta._adapt import Adapting
-from peftjax.cli.meta._frozen import Prototypes
+from peftjax.cli.meta._frozen import Features
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._learn import Meta, Shape
 from peftjax.cli.meta._methods import WAYS, Rates, Way, chosen
@@ -87,6 +87,20 @@ def _about(ground: Ground, options: argparse.Namespace, todo: int, done: int) ->
     )
 
 
+class Still(NamedTuple):
+    """Features that no task changes, and what they took.
+
+    Attributes:
+      features: `(texts, width)`.
+      compile_seconds: of their program.
+      peak_bytes: of it.
+    """
+
+    features: jax.Array
+    compile_seconds: float
+    peak_bytes: int
+
+
 class Cells:
     """Results one by one; episodes are those of their shape, the same for all methods."""
 
@@ -95,8 +109,9 @@ class Cells:
     ):
         self._ground, self._options, self._adapters = ground, options, results.adapters
         self._learned_on = learned_on
-        self._made: dict[tuple[str, bool, Shape], Adapting] = {}
-        self._still: dict[str, Prototypes] = {}
+        self._made: dict[tuple[str, str, Shape], Adapting] = {}
+        self._looks: dict[str, Features] = {}
+        self._features: dict[str, Still] = {}
         self._recipes: dict[str, tuple[Peft, Any, Any]] = {}
         self._sharp: dict[Shape, float] = {}
 
@@ -107,17 +122,13 @@ class Cells:
         said = {'method': way.name, 'about': way.about, **shape._asdict()}
         said |= {'episodes': self._options.episodes, 'sharpness': sharp}
         said |= {'head_parameters': shape.ways * (self._ground.features.shape[1] + 1)}
-        if not way.recipe:
-            more, found = self._frozen(way, shape, valid, test)
+        phi, meta = self._start(way)
+        said |= {'phi_parameters': _learn.sizes(phi), 'meta': meta}
+        if way.still:
+            more, found = self._classified(way, phi, shape, valid, test)
         else:
-            phi, meta = self._start(way)
-            if way.still:
-                more, found = self._prototypes(way, phi, test, shape.ways)
-            else:
-                more, found = self._adapted(
-                    way, self._adapting(way, shape), phi, valid, test, sharp
-                )
-            more |= {'meta': meta}
+            adapting = self._adapting(way, shape)
+            more, found = self._adapted(way, adapting, phi, valid, test, sharp)
         said |= {'accuracy': _record.means(found), 'interval': _record.interval(found)}
         return said | more, found
 
@@ -146,7 +157,7 @@ class Cells:
 
     def _adapting(self, way: Way, shape: Shape) -> Adapting:
         """What all methods share that adapt the same kind of phi by the same optimizer."""
-        key = (way.recipe, way.tuned, shape)
+        key = (way.recipe, way.fit, shape)
         if key not in self._made:
             most = max(*self._options.steps, self._options.inner_steps)
             space = self._space(way, shape)
@@ -155,16 +166,16 @@ class Cells:
             self._made[key] = Adapting(self._ground.theta, space, way, most, counts)
         return self._made[key]
 
-    def _frozen(
-        self, way: Way, shape: Shape, valid: data.Episode, test: data.Episode
+    def _classified(
+        self, way: Way, phi: Any, shape: Shape, valid: data.Episode, test: data.Episode
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Methods on frozen features: no steps, one accuracy."""
-        features, took, strengths = self._ground.features, None, {}
-        if way.name == 'nearest':
-            found = np.asarray(_frozen.nearest(features, test, shape.ways))
+        """A classifier on features that no task changes: no steps, one accuracy."""
+        still, took, strengths = self._still(way, phi), None, {}
+        if way.fit == 'prototypes':
+            found = np.asarray(_frozen.nearest(still.features, test, shape.ways))
         else:
             fit = lambda episodes, strength: _frozen.logistic(
-                features, episodes, shape.ways, strength
+                still.features, episodes, shape.ways, strength
             )
             strengths = {s: float(fit(valid, s)[0].mean()) for s in _frozen.STRENGTHS}
             found, took = fit(test, max(strengths, key=lambda s: strengths[s]))
@@ -172,41 +183,34 @@ class Cells:
             'steps': [0],
             'rates': None,
             'validation': [{'strength': s, 'accuracy': [a]} for s, a in strengths.items()],
-            'phi_parameters': 0,
             'milliseconds': took,
-            'compile_seconds': 0.0,
-            'peak_bytes': features.nbytes,
-            'meta': None,
+            'compile_seconds': still.compile_seconds,
+            'peak_bytes': still.peak_bytes,
         }
         return said, found[:, None]
 
-    def _prototypes(
-        self, way: Way, phi: Any, test: data.Episode, ways: int
-    ) -> tuple[dict[str, Any], np.ndarray]:
-        """The nearest prototype with a phi that was learned for it: no steps, one accuracy."""
-        still = self._looking(way)
-        compiled = still.programs.seconds
-        found = still.accuracies(phi, test, ways)
-        said = {
-            'steps': [0],
-            'rates': None,
-            'validation': [],
-            'phi_parameters': _learn.sizes(phi),
-            'milliseconds': None,
-            'compile_seconds': still.programs.seconds - compiled,
-            'peak_bytes': still.programs.peak_bytes,
-        }
-        return said, found[:, None]
+    def _still(self, way: Way, phi: Any) -> 'Still':
+        """Features of all texts to validate and to test on, with a learned phi or with none."""
+        name = way.learner or ''
+        if not name:
+            return Still(self._ground.features, 0.0, self._ground.features.nbytes)
+        if name not in self._features:
+            looks = self._looking(way)
+            compiled = looks.programs.seconds
+            features = looks.of(phi, np.arange(self._ground.parts['train'].first))
+            seconds = looks.programs.seconds - compiled
+            self._features[name] = Still(features, seconds, looks.programs.peak_bytes)
+        return self._features[name]
 
-    def _looking(self, way: Way) -> Prototypes:
-        if way.recipe not in self._still:
+    def _looking(self, way: Way) -> Features:
+        if way.recipe not in self._looks:
             space = self._space(way, self._learned_on)  # how many ways a task has is no matter
-            self._still[way.recipe] = Prototypes(self._ground.theta, space)
-        return self._still[way.recipe]
+            self._looks[way.recipe] = Features(self._ground.theta, space)
+        return self._looks[way.recipe]
 
     def _start(self, way: Way) -> tuple[Any, dict[str, Any] | None]:
         """The phi that tasks begin with, and how it was learned."""
-        fresh = self._recipe(way)[2]
+        fresh = self._recipe(way)[2] if way.recipe else {}
         if way.learner is None:
             return fresh, None
         own, inner = self._learned_on, WAYS[way.learner]
@@ -247,7 +251,6 @@ class Cells:
             'steps': list(asked),
             'rates': rates,
             'validation': _validation(grid, table),
-            'phi_parameters': _learn.sizes(phi),
             'milliseconds': adapting.milliseconds(phi, grid[0], test, sharp),
             'compile_seconds': adapting.programs.seconds - compiled,
             'peak_bytes': adapting.programs.peak_bytes,

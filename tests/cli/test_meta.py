@@ -12,8 +12,8 @@ from commands import call
 from conftest import PATTERNS, THINGS
 
 import peftjax as pj
-from peftjax import models
-from peftjax.cli.meta import _record
+from peftjax import data, models
+from peftjax.cli.meta import _frozen, _ground, _record
 from peftjax.cli.meta._results import read
 
 MORE = ('where is my {}', 'such a {}', 'my good {}', 'cancel the {}')
@@ -134,17 +134,43 @@ def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
 
 
 def test_every_kind_of_method_runs(files, peftjax, tmp_path):
-    some = 'full', 'prefix', 'reptile', 'prototypical'
+    some = 'full', 'prefix', 'reptile', 'prototypical', 'reptile-logistic'
     assert peftjax('meta', *files, *FEW, '--methods', ','.join(some), '--out', tmp_path).code == 0
     found = {record['method']: record for record in results(tmp_path)}
     assert tuple(found) == some
     for name, record in found.items():
-        assert record['steps'] == ([0] if name == 'prototypical' else [0, 1, 2])
+        assert record['steps'] == ([0, 1, 2] if name in some[:3] else [0])
         assert all(0 <= one <= 100 for one in record['accuracy'])
     assert found['full']['phi_parameters'] > found['prefix']['phi_parameters'] == 2 * 2 * 10 * 12
     assert sorted(path.name for path in (tmp_path / 'adapters').iterdir()) == [
         'prototypical-2way-1shot', 'reptile-2way-1shot',
     ]  # fmt: skip
+
+
+def test_logistic_regression_looks_at_features_of_the_learned_phi(
+    files, here, peftjax, tmp_path, monkeypatch
+):
+    seen, real = [], _frozen.logistic
+    spy = lambda features, *rest: seen.append(np.asarray(features)) or real(features, *rest)
+    monkeypatch.setattr(_frozen, 'logistic', spy)
+    some = ('--methods', 'logistic,prototypical-logistic', '--meta-rate', 0.1, '--out', tmp_path)
+    assert peftjax('meta', *files, *FEW, *some).code == 0
+    frozen, learned = results(tmp_path)
+    assert frozen['meta'] is None and learned['meta']['learner'] == 'prototypical'
+    assert [row['strength'] for row in learned['validation']] == list(_frozen.STRENGTHS)
+
+    encoder, tokenizer = models.load_encoder(here.model), models.load_tokenizer(here.model)
+    rows = pathlib.Path(files[files.index('--valid') + 1]).read_text().splitlines()
+    texts = [json.loads(row)['text'] for row in rows]
+    tokens = data.encode(tokenizer, texts, 64, pad_id=encoder.config.pad_token_id)
+    adapter = pj.load(tmp_path / 'adapters' / 'prototypical-2way-1shot')
+    forward, mask = adapter.peft.wrap(encoder.model.apply_fn), tokens.attention_mask
+    for phi, features in ((adapter.peft.init(jax.random.key(0), encoder.params), seen[0]),
+                          (adapter.phi, seen[-1])):  # fmt: skip
+        hidden = forward(encoder.params, phi, tokens.input_ids, attention_mask=mask)
+        wanted = _ground.pooled(hidden, mask)
+        np.testing.assert_allclose(features[: len(texts)], wanted, atol=2e-6)
+    assert np.abs(seen[0] - seen[-1]).max() > 1e-3
 
 
 def test_one_phi_is_learned_for_all_shapes_on_as_many_labels_as_there_are(files, peftjax, tmp_path):

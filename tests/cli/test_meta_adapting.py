@@ -108,7 +108,7 @@ def test_before_the_first_step_the_head_is_the_nearest_prototype():
     features = space.embed(theta, phi, jnp.arange(WORDS))
     wanted = _frozen.nearest(features, drawn, WAYS_OF_A_TASK)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    looked = _frozen.Prototypes(theta, space).accuracies(phi, drawn, WAYS_OF_A_TASK)
+    looked = _frozen.Features(theta, space).accuracies(phi, drawn, WAYS_OF_A_TASK)
     np.testing.assert_allclose(looked, wanted, rtol=1e-6)
 
 

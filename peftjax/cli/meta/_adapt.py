@@ -78,7 +78,7 @@ class Adapting:
           counts: tasks that will be asked for at once, as `together` takes them.
         """
         self._theta, self.space, self._most, self._counts = theta, space, most, counts
-        self._optimizer = adam if way.tuned else descent
+        self._optimizer = adam if way.fit == 'adam' else descent
         self._whole = way.recipe == 'full'
         self.programs = Programs(jax.jit(self._run))
 

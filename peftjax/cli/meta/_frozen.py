@@ -22,8 +22,8 @@ STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 """Inverse penalties that logistic regression is chosen among."""
 
 
-class Prototypes:
-    """The nearest prototype in the features that a phi gives.
+class Features:
+    """Features of texts that a phi gives.
 
     Attributes:
       programs: the program, its compilation and its memory.
@@ -33,18 +33,25 @@ class Prototypes:
         """Compiles nothing yet."""
         self._theta, self.programs = theta, Programs(jax.jit(space.embed))
 
+    def of(self, phi: Any, index: np.ndarray) -> jax.Array:
+        """Features `(texts, width)`; zero where a text was not asked for.
+
+        Args:
+          phi: `{'body': …}`.
+          index: positions of texts, in any shape and order; each is looked at once.
+        """
+        return _ground.encoded(self.programs, self._theta, phi, np.unique(index))
+
     def accuracies(self, phi: Any, episodes: data.Episode, ways: int) -> np.ndarray:
-        """Accuracies `(tasks,)` in percent; a text that several tasks have is looked at once.
+        """Accuracies `(tasks,)` of the nearest prototype, in percent.
 
         Args:
           phi: `{'body': …}`.
           episodes: tasks, positions `(tasks, rows)`.
           ways: classes of a task.
         """
-        halves = [np.ravel(half.inputs) for half in episodes]
-        index = np.unique(np.concatenate(halves))
-        features = _ground.encoded(self.programs, self._theta, phi, index)
-        return np.asarray(nearest(features, episodes, ways))
+        index = np.concatenate([np.ravel(half.inputs) for half in episodes])
+        return np.asarray(nearest(self.of(phi, index), episodes, ways))
 
 
 def sharpness(features: jax.Array, episodes: data.Episode, ways: int) -> float:

@@ -17,7 +17,7 @@ from peftjax import checkpoint, data
 from peftjax.cli import _saved
 from peftjax.cli._programs import Programs
 from peftjax.cli.meta._adapt import Adapting, descent
-from peftjax.cli.meta._frozen import Prototypes
+from peftjax.cli.meta._frozen import Features
 from peftjax.cli.meta._ground import Ground
 from peftjax.cli.meta._methods import INNER, Rates, Way
 from peftjax.cli.meta._space import Space
@@ -60,7 +60,7 @@ class Meta(NamedTuple):
     way: Way
     space: Space
     shape: Shape
-    adapting: Adapting | Prototypes
+    adapting: Adapting | Features
     valid: data.Episode
     sharpness: float
     options: argparse.Namespace
@@ -73,7 +73,7 @@ class Meta(NamedTuple):
 
     def judge(self, phi: Any, rates: Sequence[Rates]) -> np.ndarray:
         """Mean accuracies `(rates,)` on validation episodes where the inner loop ends."""
-        if isinstance(self.adapting, Prototypes):
+        if isinstance(self.adapting, Features):
             return self.adapting.accuracies(phi, self.valid, self.shape.ways).mean(keepdims=True)
         steps = (self.options.inner_steps,)
         found = self.adapting.accuracies(phi, rates, self.valid, self.sharpness, steps)

@@ -8,6 +8,7 @@ from peftjax import Method, Trainable
 from peftjax.cli._recipes import RECIPES
 
 Learner = Literal['maml', 'fomaml', 'reptile', 'prototypical']
+Fit = Literal['prototypes', 'logistic', 'descent', 'adam']
 
 
 class Rates(NamedTuple):
@@ -24,21 +25,22 @@ class Way:
     Attributes:
       name: on the command line.
       about: one line of help.
-      recipe: of `peftjax compare`, what phi is; empty where nothing is adapted.
+      fit: what is done on a task: prototypes or logistic regression on features that stay as they
+        are; phi and head adapted by plain gradient descent, the inner loop's, or by Adam.
+      recipe: of `peftjax compare`, what phi is; empty where there is none.
       learner: what phi was meta-learned by; None for a fresh one.
-      tuned: whether Adam adapts; otherwise it is plain gradient descent, the inner loop's.
     """
 
     name: str
     about: str
+    fit: Fit
     recipe: str = ''
     learner: Learner | None = None
-    tuned: bool = False
 
     @property
     def still(self) -> bool:
         """Whether no steps are made on a task."""
-        return not self.recipe or (self.learner == 'prototypical' and not self.tuned)
+        return self.fit in ('prototypes', 'logistic')
 
     def method(self) -> Method:
         """What phi is of."""
@@ -50,7 +52,7 @@ class Way:
 
     def grid(self) -> tuple[Rates, ...]:
         """The rates that validation chooses among."""
-        body, of_head = GRIDS[self.recipe] if self.tuned else DESCENT
+        body, of_head = GRIDS[self.recipe] if self.fit == 'adam' else DESCENT
         return tuple(itertools.starmap(Rates, itertools.product(body, of_head)))
 
 
@@ -80,18 +82,29 @@ _LEARNERS: dict[Learner, str] = {
     'reptile': 'Reptile',
     'prototypical': 'prototypical training',
 }
+_FITS: dict[Learner, Fit] = {'prototypical': 'prototypes'}  # the others learn for steps
+
+_FRESH = {name: f'{RECIPES[name].about}, from a fresh start' for name in GRIDS}
+
+
+def _from_learned(ending: str, about: str, fit: Fit) -> list[Way]:
+    """What else can be done with each learned phi."""
+    return [
+        Way(f'{name}-{ending}', f'{about} ({what})', fit, LEARNED, name)
+        for name, what in _LEARNERS.items()
+    ]
+
 
 WAYS = {
     way.name: way
     for way in (
-        Way('nearest', 'nearest prototype, encoder frozen'),
-        Way('logistic', 'logistic regression, encoder frozen'),
-        *(Way(name, f'{RECIPES[name].about}, from a fresh start', name, tuned=True)
-          for name in GRIDS),
-        *(Way(name, f'LoRA that {about} learned', LEARNED, name)
+        Way('nearest', 'nearest prototype, encoder frozen', 'prototypes'),
+        Way('logistic', 'logistic regression, encoder frozen', 'logistic'),
+        *(Way(name, about, 'adam', name) for name, about in _FRESH.items()),
+        *(Way(name, f'LoRA that {about} learned', _FITS.get(name, 'descent'), LEARNED, name)
           for name, about in _LEARNERS.items()),
-        *(Way(f'{name}-tuned', f'the same, then tuned as fresh LoRA is ({about})', LEARNED, name,
-              True) for name, about in _LEARNERS.items()),
+        *_from_learned('tuned', 'the same, then tuned as fresh LoRA is', 'adam'),
+        *_from_learned('logistic', 'the same, frozen; logistic regression', 'logistic'),
     )
 }  # fmt: skip
 """All ways by name."""
