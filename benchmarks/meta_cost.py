@@ -21,8 +21,8 @@ from peftjax._flops import flops
 from peftjax.cli._options import parse
 from peftjax.cli.meta import _learn
 from peftjax.cli.meta._adapt import Adapting
-from peftjax.cli.meta._ground import Ground, Part
-from peftjax.cli.meta._learn import Meta, Shape
+from peftjax.cli.meta._ground import Ground, Part, Shape
+from peftjax.cli.meta._learn import Meta
 from peftjax.cli.meta._methods import WAYS, Way
 from peftjax.cli.meta._space import Space, attached
 

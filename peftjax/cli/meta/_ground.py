@@ -22,6 +22,13 @@ ROWS = 64
 """Texts of a batch where nothing is trained."""
 
 
+class Shape(NamedTuple):
+    """Of a task: labels, and examples of each to adapt to."""
+
+    ways: int
+    shots: int
+
+
 class Part(NamedTuple):
     """The texts of one file.
 
@@ -49,6 +56,10 @@ class Part(NamedTuple):
             return data.Episodes(self.labels, **numbers, rows=rows)
         except ValueError as error:
             raise ValueError(f'--{self.option}: {error}') from error
+
+    def drawn(self, shape: Shape, *, queries: int, tasks: int, seed: int) -> data.Episode:
+        """So many tasks; the same for the same seed."""
+        return next(self.episodes(**shape._asdict(), queries=queries, tasks=tasks, seed=seed))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from peftjax.cli import _saved
 from peftjax.cli._programs import Programs
 from peftjax.cli.meta._adapt import Adapting, descent
 from peftjax.cli.meta._frozen import Features
-from peftjax.cli.meta._ground import Ground
+from peftjax.cli.meta._ground import Ground, Shape
 from peftjax.cli.meta._methods import INNER, Rates, Way
 from peftjax.cli.meta._space import Space
 
@@ -33,13 +33,6 @@ WAYS = 20
 text is told apart from, and what is learned serves tasks of fewer."""
 
 
-class Shape(NamedTuple):
-    """Tasks that phi is meta-trained on."""
-
-    ways: int
-    shots: int
-
-
 class Meta(NamedTuple):
     """A phi to learn.
 
@@ -47,7 +40,7 @@ class Meta(NamedTuple):
       ground: encoder and texts.
       way: by which learner.
       space: the method.
-      shape: of the tasks.
+      shape: of the tasks that it is meta-trained on.
       adapting: judges on validation episodes of that shape; of a way that makes no steps,
         prototypes do.
       valid: those episodes.

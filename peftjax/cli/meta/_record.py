@@ -33,7 +33,7 @@ def key(record: dict[str, Any]) -> tuple[str, int, int]:
 def line(record: dict[str, Any]) -> str:
     """A record as one line."""
     shape = f'{record["ways"]} ways, {record["shots"]} shots'
-    return f'{record["method"]:18}{shape:20}' + '  '.join(_cells(record, record['steps']))
+    return f'{record["method"]:23}{shape:20}' + '  '.join(_cells(record, record['steps']))
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
