@@ -1,12 +1,14 @@
 """Puts folders of `peftjax meta` into one: results, tasks, table and picture.
 
     python benchmarks/clinc_table.py runs/clinc/* --out runs/clinc-all [--json results/clinc.json]
-        [--untimed]
+        [--untimed] [--beside lora,nearest]
 
 Each folder has some methods on some shapes of tasks, so that they can be run side by side. What
 makes results of one shape comparable must be the same in all folders that have it: data, tasks,
-rates, seeds, versions, device. Shapes may differ in how many tasks they have, after which steps
-these are judged, and what phi was meta-trained on; for each shape that is said beside the results.
+rates, seeds, versions, device. Shapes may differ in how many tasks they have and in what phi was
+meta-trained on; for each shape that is said beside the results. Methods may be judged after other
+numbers of steps: rates are chosen for each number by itself, and those that two have in common are
+compared.
 Times of a machine that had other work tell nothing: `--untimed` leaves them out.
 """
 
@@ -17,13 +19,17 @@ from typing import Any, NamedTuple
 
 from peftjax.cli import _whole
 from peftjax.cli.meta import _curves, _paired, _record, _results
+from peftjax.cli.meta._methods import WAYS, chosen
 from peftjax.cli.meta._results import Found
 
 BY_SHAPE = (
-    'episodes', 'valid_episodes', 'steps', 'meta_ways', 'meta_shots', 'meta_queries', 'meta_steps',
+    'episodes', 'valid_episodes', 'meta_ways', 'meta_shots', 'meta_queries', 'meta_steps',
     'meta_tasks',
 )  # fmt: skip
 """Options that shapes may differ in."""
+
+BY_METHOD = ('steps',)
+"""Options that methods may differ in too; records say their own."""
 
 
 class Joined(NamedTuple):
@@ -33,7 +39,7 @@ class Joined(NamedTuple):
       options: of all.
       shapes: the options of each shape of tasks, by its name.
       versions: that all were made with.
-      records: sorted by shape, methods as they came.
+      records: sorted by shape and method.
       tasks: accuracies `(tasks, steps)` of each record, by its key.
     """
 
@@ -50,6 +56,7 @@ def main() -> None:
     parser.add_argument('--out', type=pathlib.Path, required=True, help='a new folder')
     parser.add_argument('--json', type=pathlib.Path, help='the results once more, here')
     parser.add_argument('--untimed', action='store_true', help='leave out all times')
+    parser.add_argument('--beside', default='lora', help='what others are compared with')
     options = parser.parse_args()
     out = options.out
     if out.exists():
@@ -57,11 +64,13 @@ def main() -> None:
     found = joined({str(folder): _results.read(folder) for folder in options.folders})
     if options.untimed:
         found = found._replace(records=[untimed(record) for record in found.records])
-    text = _results.text(found.records, found.tasks)
+    names = [way.name for way in chosen(options.beside)]
+    beside = _paired.beside(names, found.records, found.tasks)
+    text = _results.text(found.records, beside)
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / _results.FILE, options.json):
         if path:
-            _whole.write(path, json_of(found))
+            _whole.write(path, json_of(found, beside))
     _whole.write(out / _results.TASKS, _results.lines(found.tasks))
     _whole.write(out / _results.TABLE, text + '\n')
     title = f'{found.options["queries"]} queries a label, 95 % confidence'
@@ -98,7 +107,8 @@ def joined(folders: dict[str, Found]) -> Joined:
             made_by[key] = name
             records.append(record)
             tasks[key] = found.tasks[key]
-    records.sort(key=lambda record: (record['ways'], record['shots']))
+    place = list(WAYS).index
+    records.sort(key=lambda record: (record['ways'], record['shots'], place(record['method'])))
     return Joined(common(one.options), shapes, one.versions, records, tasks)
 
 
@@ -110,7 +120,7 @@ def untimed(record: dict[str, Any]) -> dict[str, Any]:
 
 def common(options: dict[str, Any]) -> dict[str, Any]:
     """Those that must be the same in all folders."""
-    return {name: value for name, value in options.items() if name not in BY_SHAPE}
+    return {name: value for name, value in options.items() if name not in BY_SHAPE + BY_METHOD}
 
 
 def _same(first: str, second: str, one: dict[str, Any], other: dict[str, Any], what: str) -> None:
@@ -122,12 +132,10 @@ def _same(first: str, second: str, one: dict[str, Any], other: dict[str, Any], w
             )
 
 
-def json_of(found: Joined) -> str:
+def json_of(found: Joined, beside: dict[str, list[dict[str, Any]]]) -> str:
     """All of it, a line for each result."""
-    rows = {
-        'results': found.records,
-        'beside_fresh_lora': _paired.beside_fresh(found.records, found.tasks),
-    }
+    rows = {'results': found.records}
+    rows |= {f'beside_{name}': own for name, own in beside.items()}
     named = {name: pathlib.Path(found.options[name]).name for name in ('train', 'valid', 'test')}
     options = found.options | named  # where files lay tells nobody anything
     head = {'options': options, 'shapes': found.shapes, 'versions': found.versions}

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from peftjax.cli.meta import _paired
 from peftjax.cli.meta._results import Found
 
 HOME = pathlib.Path(__file__).parents[1] / 'benchmarks'
@@ -30,6 +31,10 @@ def folder(*keys, versions='1', **options):
     return Found(OPTIONS | options, {'jax': versions}, records, tasks)
 
 
+def beside(found):
+    return _paired.beside(['lora'], found.records, found.tasks)
+
+
 LORA, MAML, MORE = ('lora', 5, 1), ('maml', 5, 1), ('maml', 5, 5)
 
 
@@ -42,12 +47,12 @@ def test_methods_and_shapes_of_several_folders_come_together():
     assert found.options == {**FILES, 'seed': 0}
     assert found.shapes['5-way 5-shot']['meta_shots'] == 1
     assert found.shapes['5-way 1-shot']['meta_shots'] is None
-    said = json.loads(clinc_table.json_of(found))
+    said = json.loads(clinc_table.json_of(found, beside(found)))
     assert said['results'] == found.records and said['versions'] == {'jax': '1'}
     assert said['options'] == {'seed': 0, **{name: f'{name}.jsonl' for name in FILES}}
-    (beside,) = said['beside_fresh_lora']
+    (maml,) = said['beside_lora']
     wanted = (third.tasks[MAML] - other.tasks[LORA]).mean(0)
-    assert beside['method'] == 'maml' and beside['difference'] == pytest.approx(wanted, abs=1e-3)
+    assert maml['method'] == 'maml' and maml['difference'] == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,20 @@ def test_methods_and_shapes_of_several_folders_come_together():
 def test_what_cannot_be_compared_is_refused(other, said):
     with pytest.raises(ValueError, match=said):
         clinc_table.joined({'a': folder(LORA), 'b': other})
+
+
+def test_methods_are_compared_after_the_steps_that_both_have():
+    some, fresh = folder(LORA, steps=[0, 5]), folder(MAML, steps=[0, 5])
+    maml = fresh._replace(
+        options=fresh.options | {'steps': [5, 10]},
+        records=[fresh.records[0] | {'steps': [5, 10]}],
+    )
+    found = clinc_table.joined({'a': some, 'b': maml})
+    assert 'steps' not in found.options and 'steps' not in found.shapes['5-way 1-shot']
+    (own,) = beside(found)['lora']
+    wanted = maml.tasks[MAML][:, 0] - some.tasks[LORA][:, 1]
+    assert own['steps'] == [5]
+    assert own['difference'] == pytest.approx([wanted.mean()], abs=1e-3)
 
 
 def test_times_can_be_left_out():

@@ -13,7 +13,7 @@ from peftjax.cli.meta._results import FILE, PICTURE, TABLE, TASKS, Results
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    ways = chosen(options.methods)
+    ways, _ = chosen(options.methods), chosen(options.beside)
     shapes = [Shape(n, k) for n in options.ways for k in options.shots]
     if not any(options.steps) and any(not way.still for way in ways):
         raise ValueError(f'--steps must have one above 0; got {options.steps}')

@@ -40,7 +40,14 @@ def files(here, tmp_path_factory) -> list[str]:
 def ran(files) -> pathlib.Path:
     """The folder of one run."""
     out = pathlib.Path(files[3]).parent / 'out'
-    some = ('--methods', 'nearest,logistic,lora,maml,maml-tuned', '--out', out)
+    some = (
+        '--methods',
+        'nearest,logistic,lora,maml,maml-tuned',
+        '--beside',
+        'lora,nearest',
+        '--out',
+        out,
+    )
     assert call('meta', *files, *FEW, *some) == 0
     return out
 
@@ -54,13 +61,15 @@ def test_it_leaves_table_picture_json_and_what_was_learned(ran):
         'results.json', 'tasks.jsonl', 'table.txt', 'accuracy.png', 'adapters', 'options.toml',
     }  # fmt: skip
     assert [path.name for path in (ran / 'adapters').iterdir()] == ['maml-2way-1shot']
-    first, second = (ran / 'table.txt').read_text().split('\n\n')
+    first, second, third = (ran / 'table.txt').read_text().split('\n\n')
     title, head, _, *rows = first.splitlines()
     assert title.startswith('2 ways, 1 shots') and '0 steps' in head and 'peak' in head
     assert [row.split()[0] for row in rows] == ['nearest', 'logistic', 'lora', 'maml', 'maml-tuned']
     title, head, _, *rows = second.splitlines()
-    assert title == '2 ways, 1 shots: points above fresh LoRA on the same tasks, ± 95 %'
+    assert title == '2 ways, 1 shots: points above lora on the same tasks, ± 95 %'
     assert [row.split()[0] for row in rows] == ['nearest', 'logistic', 'maml', 'maml-tuned']
+    title, *_, last = third.splitlines()
+    assert 'above nearest' in title and last.split()[0] == 'maml-tuned'
     picture = (ran / 'accuracy.png').read_bytes()
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and min(struct.unpack('>II', picture[16:24])) > 500
 
@@ -87,7 +96,7 @@ def test_accuracies_on_each_task_are_kept_and_compared(ran):
     for record in found.records:
         means = found.tasks[_record.key(record)].mean(0)
         np.testing.assert_allclose(means, record['accuracy'], atol=2e-3)
-    nearest, _, maml, _ = json.loads((ran / 'results.json').read_text())['beside_fresh_lora']
+    nearest, _, maml, _ = json.loads((ran / 'results.json').read_text())['beside']['lora']
     assert nearest['steps'] == maml['steps'] == [0, 1, 2]
     assert nearest['difference'][0] == nearest['interval'][0] == 0
     differences = found.tasks['maml', 2, 1] - found.tasks['lora', 2, 1]
@@ -187,6 +196,7 @@ def test_one_phi_is_learned_for_all_shapes_on_as_many_labels_as_there_are(files,
 WRONG = {
     '--methods lorra': "unknown method 'lorra'. Methods: nearest, logistic",
     '--methods lora,lora': 'a method twice',
+    '--beside lorra': "unknown method 'lorra'. Methods: nearest, logistic",
     '--ways 3': '--valid: a task of ways=3 needs as many classes: there are 2',
     '--shots 9': '--valid: every class needs at least shots + queries = 11 examples',
     '--meta-shots 9': '--valid: every class needs at least shots + queries = 11 examples',

@@ -159,7 +159,7 @@ def test_differences_are_taken_task_by_task():
     assert max(halves) < 0.1 < min(_record.interval(hard))  # pyright: ignore[reportArgumentType]
 
 
-def test_methods_stand_beside_fresh_lora_where_both_were_judged():
+def test_methods_stand_beside_others_where_both_were_judged():
     row = lambda name, shots, *steps: {'method': name, 'ways': 5, 'shots': shots, 'steps': steps}
     records = [
         row('lora', 1, 0, 2, 9),
@@ -174,8 +174,12 @@ def test_methods_stand_beside_fresh_lora_where_both_were_judged():
         ('maml', 5, 5): np.array([[60.0], [62]]),
     }
     records = [record | {'steps': list(record['steps'])} for record in records]
-    maml, nearest = _paired.beside_fresh(records, tasks)
+    beside = _paired.beside(['lora', 'nearest'], records, tasks)
+    maml, nearest = beside['lora']
     assert (maml['method'], maml['shots'], maml['steps']) == ('maml', 1, [0, 9])
     assert maml['difference'] == [4, 1] and maml['interval'] == [0, 0]
     assert nearest['steps'] == [0, 2, 9] and nearest['difference'] == [0, -10, -20]
-    assert '+4.0 ± 0.0' in _paired.table([maml, nearest])
+    lora, maml = beside['nearest']
+    assert lora['steps'] == [0, 2, 9] and lora['difference'] == [0, 10, 20]
+    assert maml['steps'] == [0, 9] and maml['difference'] == [4, 21]
+    assert '+4.0 ± 0.0' in _paired.text(beside) and 'above nearest' in _paired.text(beside)

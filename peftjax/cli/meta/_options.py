@@ -30,6 +30,9 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         '--methods', action=_Methods, help='comma-separated; `list` prints them all and ends (all)'
     )
+    sub.add_argument(
+        '--beside', default='lora', help='those that others are compared with (%(default)s)'
+    )
     _learning(sub)
     sub.add_argument('--seed', type=seed, default=0, help='of all that is drawn (%(default)s)')
     sub.add_argument('--out', default='runs/meta', help='folder for the results (%(default)s)')

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from peftjax.cli.meta import _record
-from peftjax.cli.meta._methods import LEARNED
 
 Tasks = Mapping[tuple[str, int, int], np.ndarray]
 """Accuracies `(tasks, steps)` of each record, by its key."""
@@ -35,40 +34,60 @@ def difference(one: np.ndarray, other: np.ndarray) -> tuple[list[float], list[fl
     return _record.means(each), _record.interval(each)
 
 
-def beside_fresh(records: Sequence[dict[str, Any]], tasks: Tasks) -> list[dict[str, Any]]:
-    """Every method beside fresh LoRA, where both were judged on the same tasks.
+def beside(
+    names: Sequence[str], records: Sequence[dict[str, Any]], tasks: Tasks
+) -> dict[str, list[dict[str, Any]]]:
+    """Every method beside some, where both were judged on the same tasks.
 
     Args:
+      names: of the methods that others stand beside.
       records: as in `results.json`.
       tasks: accuracies on each task of all of them.
 
     Returns:
-      For each record but those of fresh LoRA its method and shape, and after each number of steps
-      the difference and half its interval. A method that makes no steps is compared, as it is, with
-      LoRA after all of LoRA's.
+      For each name, and each record of another method on tasks of a shape that both have: the
+      record's method and shape, and after each number of steps that both were judged after the
+      difference and half its interval. A method that makes no steps stands, as it is, beside the
+      other after all of its steps.
     """
+    return {name: _beside(name, records, tasks) for name in names}
+
+
+def _beside(name: str, records: Sequence[dict[str, Any]], tasks: Tasks) -> list[dict[str, Any]]:
     steps = {_record.key(record): record['steps'] for record in records}
     found = []
     for mine in steps:
         method, ways, shots = mine
-        fresh = LEARNED, ways, shots
-        if method == LEARNED or fresh not in steps:
+        theirs = name, ways, shots
+        if method == name or theirs not in steps:
             continue
-        one, other, common = tasks[mine], tasks[fresh], steps[fresh]
-        if steps[mine] == [0]:
-            one = np.broadcast_to(one, other.shape)
-        else:
-            common = [step for step in common if step in steps[mine]]
-            one = one[:, [steps[mine].index(step) for step in common]]
-            other = other[:, [steps[fresh].index(step) for step in common]]
+        common = _common(steps[mine], steps[theirs])
+        one, other = (_after(common, steps[key], tasks[key]) for key in (mine, theirs))
         means, halves = difference(one, other)
         said = {'method': method, 'ways': ways, 'shots': shots, 'steps': common}
         found.append(said | {'difference': means, 'interval': halves})
     return found
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """What `beside_fresh` found in columns, shape by shape."""
+def _common(mine: list[int], theirs: list[int]) -> list[int]:
+    """The steps that two methods are compared after; `[0]` is one that makes none."""
+    if [0] in (mine, theirs):
+        return max(mine, theirs, key=len)
+    return [step for step in mine if step in theirs]
+
+
+def _after(common: list[int], steps: list[int], accuracies: np.ndarray) -> np.ndarray:
+    """Accuracies `(tasks, steps)` after these steps; of what makes none always the same."""
+    places = [0 if steps == [0] else steps.index(step) for step in common]
+    return accuracies[:, places]
+
+
+def text(beside: dict[str, list[dict[str, Any]]]) -> str:
+    """What `beside` found in columns, shape by shape."""
+    return '\n\n'.join(table for name, found in beside.items() for table in _tables(name, found))
+
+
+def _tables(name: str, found: Sequence[dict[str, Any]]) -> list[str]:
     parts = []
     for ways, shots in sorted({(one['ways'], one['shots']) for one in found}):
         own = [one for one in found if (one['ways'], one['shots']) == (ways, shots)]
@@ -79,6 +98,6 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             said = dict(zip(one['steps'], cells, strict=True))
             known = [_record.cell(*said[step], '+') if step in said else '-' for step in steps]
             rows.append([one['method'], *known])
-        title = f'{ways} ways, {shots} shots: points above fresh LoRA on the same tasks, ± 95 %'
+        title = f'{ways} ways, {shots} shots: points above {name} on the same tasks, ± 95 %'
         parts.append(_record.columns(title, rows))
-    return '\n\n'.join(parts)
+    return parts

@@ -11,14 +11,16 @@ import numpy as np
 
 from peftjax.cli import _config, _output, _report, _whole
 from peftjax.cli.meta import _curves, _paired, _record
+from peftjax.cli.meta._methods import chosen
 
 FILE, TASKS = 'results.json', 'tasks.jsonl'
 TABLE, PICTURE = 'table.txt', 'accuracy.png'
 LEARNED = r'[a-z]+-\d+way-\d+shot(\.states)?'
 """Names of the folders of what is learned, and of the states of what is being learned."""
 
-FREE = (*_config.UNSAID, 'out', 'methods', 'ways', 'shots')
-"""Options that may be others when a run goes on: they say which results there are to be."""
+FREE = (*_config.UNSAID, 'out', 'methods', 'ways', 'shots', 'beside')
+"""Options that may be others when a run goes on: they say which results there are to be, and how
+they are told."""
 
 
 class Found(NamedTuple):
@@ -63,10 +65,10 @@ def read(folder: pathlib.Path) -> Found:
         ) from error
 
 
-def text(records: list[dict[str, Any]], tasks: _paired.Tasks) -> str:
-    """The tables: accuracies, and what there is beside fresh LoRA."""
-    beside = _paired.table(_paired.beside_fresh(records, tasks))
-    return _record.table(records) + (f'\n\n{beside}' if beside else '')
+def text(records: list[dict[str, Any]], beside: dict[str, list[dict[str, Any]]]) -> str:
+    """The tables: accuracies, and methods beside others."""
+    tables = _record.table(records), _paired.text(beside)
+    return '\n\n'.join(filter(None, tables))
 
 
 def lines(tasks: _paired.Tasks) -> str:
@@ -132,7 +134,7 @@ class Results:
 
     def text(self) -> str:
         """The tables."""
-        return text(self.records, self.tasks)
+        return text(self.records, self._beside())
 
     def draw(self) -> None:
         """Writes the picture."""
@@ -142,11 +144,14 @@ class Results:
 
     def _write(self) -> None:
         _whole.write(self.out / TASKS, lines(self.tasks))  # before the records that need them
-        beside = _paired.beside_fresh(self.records, self.tasks)
         said = {'options': self._said(), 'versions': _report.versions(), 'results': self.records}
-        _report.write_json(self.out / FILE, said | {'beside_fresh_lora': beside})
+        _report.write_json(self.out / FILE, said | {'beside': self._beside()})
         if self.records:
             _whole.write(self.out / TABLE, self.text() + '\n')
+
+    def _beside(self) -> dict[str, list[dict[str, Any]]]:
+        names = [way.name for way in chosen(self._options.beside)]
+        return _paired.beside(names, self.records, self.tasks)
 
     def _said(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._options).items() if name not in FREE}
