@@ -8,7 +8,7 @@ import pytest
 import quick
 
 from peftjax import data
-from peftjax.cli.meta import _adapt, _frozen, _ground, _paired, _record
+from peftjax.cli.meta import _adapt, _curves, _frozen, _ground, _paired, _record
 from peftjax.cli.meta._methods import WAYS, Rates
 from peftjax.cli.meta._space import Space
 
@@ -183,3 +183,17 @@ def test_methods_stand_beside_others_where_both_were_judged():
     assert lora['steps'] == [0, 2, 9] and lora['difference'] == [0, 10, 20]
     assert maml['steps'] == [0, 9] and maml['difference'] == [4, 21]
     assert '+4.0 ± 0.0' in _paired.text(beside) and 'above nearest' in _paired.text(beside)
+
+
+def test_a_picture_shows_single_tasks_and_what_makes_no_steps(tmp_path):
+    row = {'ways': 5, 'shots': 1, 'meta': None}
+    steps = {'steps': [0, 2], 'accuracy': [60.0, 70.0], 'interval': [None, None]}
+    still = {'steps': [0], 'accuracy': [65.0], 'interval': [None]}
+    records = [row | still | {'method': 'nearest'}, row | steps | {'method': 'lora'}]
+    _curves.draw(tmp_path / 'both.png', records, 'both')
+    _curves.draw(tmp_path / 'one.png', records[:1], 'one')
+    assert (tmp_path / 'both.png').read_bytes() != (tmp_path / 'one.png').read_bytes()
+    looks = _curves._looks([f'method {i}' for i in range(18)])
+    assert len(set(looks.values())) == len({color for color, _ in looks.values()}) == 18
+    asides = [aside for _, aside in looks.values()]
+    assert asides == sorted(asides) and asides[-1] - asides[0] == pytest.approx(_curves.SPREAD)
