@@ -127,15 +127,15 @@ def test_what_was_learned_is_an_adapter_of_the_bare_encoder(ran, here):
 
 
 def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
-    some = ('--methods', 'nearest', '--out', tmp_path)
+    some = ('--methods', 'nearest', '--sharpness', 3, '--out', tmp_path)
     assert peftjax('meta', *files, *FEW, *some).code == 0
     before = results(tmp_path)
     refused = peftjax('meta', *files, *FEW, *some)
     assert refused.code == 2 and f'{tmp_path} exists and is not empty' in refused.err
     other = peftjax('meta', *files, *FEW, *some, '--resume', '--seed', 1)
     assert other.code == 2 and '--seed was 0 in' in other.err and 'is 1 now' in other.err
-    assert results(tmp_path) == before
-    more = ('--methods', 'nearest,logistic', '--out', tmp_path, '--resume')
+    assert results(tmp_path) == before and before[0]['sharpness'] == 3
+    more = ('--methods', 'nearest,logistic', '--sharpness', 3, '--out', tmp_path, '--resume')
     assert '1 are there' in peftjax('meta', *files, *FEW, *more).out
     assert 'nothing to go on with' in peftjax('meta', *files, *FEW, *more).out
     first, second = results(tmp_path)
@@ -204,6 +204,7 @@ WRONG = {
     '--steps -1': "must be a whole number from 0 up; got '-1'",
     '--steps 1,x': "must be a whole number from 0 up; got 'x'",
     '--steps 0': '--steps must have one above 0; got [0]',
+    '--sharpness 0': "must be a number above 0; got '0'",
     '--episodes 0': "must be a whole number from 1 up; got '0'",
 }  # fmt: skip
 

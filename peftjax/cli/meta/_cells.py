@@ -78,6 +78,8 @@ class Cells:
         return said | more, found
 
     def _sharpness(self, shape: Shape) -> float:
+        if self._options.sharpness is not None:
+            return self._options.sharpness
         if shape not in self._sharp:
             valid = self._drawn('valid', shape)
             self._sharp[shape] = _frozen.sharpness(self._ground.features, valid, shape.ways)

@@ -58,6 +58,11 @@ def _tasks(sub: argparse.ArgumentParser) -> None:
         '--valid-episodes', type=count, default=20, help='validation tasks (%(default)s)'
     )
     group.add_argument(
+        '--sharpness',
+        type=positive,
+        help='of the heads that tasks begin with (what frozen prototypes do best with)',
+    )
+    group.add_argument(
         '--steps',
         type=_steps,
         default='0,1,2,5,10,20,50',
