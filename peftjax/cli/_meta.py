@@ -20,7 +20,8 @@ def run(options: argparse.Namespace) -> int:
     results = Results(options)
     todo = [(way, shape) for shape in shapes for way in ways if not results.has(way.name, *shape)]
     if not todo:
-        say(f'{results.out} has all of these: there is nothing to go on with')
+        results.begin()  # with what --beside says now
+        say(f'{results.out} has all of these: there is nothing to go on with\n\n{results.text()}')
         return 0
     examples = _ground.read(options)
     learned_on = _learn.shape(options, [examples[name].labels for name in ('train', 'valid')])

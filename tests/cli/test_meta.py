@@ -137,7 +137,9 @@ def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
     assert results(tmp_path) == before and before[0]['sharpness'] == 3
     more = ('--methods', 'nearest,logistic', '--sharpness', 3, '--out', tmp_path, '--resume')
     assert '1 are there' in peftjax('meta', *files, *FEW, *more).out
-    assert 'nothing to go on with' in peftjax('meta', *files, *FEW, *more).out
+    told = peftjax('meta', *files, *FEW, *more, '--beside', 'nearest').out
+    assert 'nothing to go on with' in told and 'points above nearest' in told
+    assert 'points above nearest' in (tmp_path / 'table.txt').read_text()
     first, second = results(tmp_path)
     assert first == before[0] and second['accuracy'] == results(ran)[1]['accuracy']
 
