@@ -48,7 +48,8 @@ def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray) -> tuple[Head
 def minimum(
     loss: Callable[[Head], jax.Array], head: Head, most: int = 500, tolerance: float = 1e-5
 ) -> Head:
-    """The minimum of a convex function, by L-BFGS."""
+    """The minimum of a convex function, by L-BFGS, with products in full precision: with those that
+    an accelerator takes by default a line search stands still far from it."""
     tx = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
@@ -63,4 +64,5 @@ def minimum(
         return (carry[2] > tolerance) & (carry[3] < most)
 
     first = (head, tx.init(head), jnp.array(jnp.inf), jnp.array(0))
-    return jax.jit(lambda carry: jax.lax.while_loop(more, body, carry))(first)[0]
+    with jax.default_matmul_precision('highest'):
+        return jax.jit(lambda carry: jax.lax.while_loop(more, body, carry))(first)[0]

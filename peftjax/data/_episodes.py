@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+DRAWN = 2
+"""The number of the way of drawing: a run that saw tasks of another does not go on with these."""
+
 
 class Shots(NamedTuple):
     """Examples of a task, or of several.
@@ -91,19 +94,18 @@ class Episodes(Iterator[Episode]):
             if number < 1:
                 raise ValueError(f'{name} must be at least 1: received {number}.')
         own = _labels(labels)
-        self._members = _members(own, ways, shots + queries)
+        self._members, self._sizes = _members(own, ways, shots + queries)
         self._rows, self._seed, self._next = rows, seed, 0
         digest = hashlib.sha256(own.astype(np.int64).tobytes()).hexdigest()
-        self._made_of = {'labels': digest, **self._numbers, 'seed': seed}
+        self._made_of = {'labels': digest, **self._numbers, 'seed': seed, 'drawn': DRAWN}
 
     def __next__(self) -> Episode:
         ways, shots, queries, tasks = self._numbers.values()
         rng = np.random.default_rng([self._seed, self._next])
-        drawn = np.empty((tasks, ways, shots + queries), np.int32)
-        for task in drawn:
-            classes = rng.choice(len(self._members), ways, replace=False)
-            for row, i in zip(task, classes, strict=True):
-                row[:] = rng.choice(self._members[i], shots + queries, replace=False)
+        classes = _different(rng, np.full(tasks, len(self._sizes)), ways)
+        sizes = self._sizes[classes]
+        before = (np.cumsum(self._sizes) - self._sizes)[classes]
+        drawn = self._members[before[..., None] + _different(rng, sizes, shots + queries)]
         self._next += 1
         return Episode(self._shots(drawn[..., :shots]), self._shots(drawn[..., shots:]))
 
@@ -180,8 +182,31 @@ def _labels(labels: ArrayLike) -> np.ndarray:
     return found
 
 
-def _members(labels: np.ndarray, ways: int, each: int) -> list[np.ndarray]:
-    """The examples of every class."""
+def _different(rng: np.random.Generator, sizes: np.ndarray, count: int) -> np.ndarray:
+    """So many different numbers below each size, all of them and their orders alike likely.
+
+    Floyd's way (Bentley, Programming Pearls, CACM 30(9), 1987), for all sizes side by side: what
+    was drawn before is replaced by the largest number that could not be drawn until now. That
+    favours places, so the order is drawn too.
+
+    Args:
+      rng: to draw from.
+      sizes: each at least `count`.
+      count: how many.
+
+    Returns:
+      `(*sizes.shape, count)`.
+    """
+    last = sizes[..., None] - count + np.arange(count)
+    found = (rng.random(last.shape) * (last + 1)).astype(np.int64)
+    for i in range(1, count):
+        known = (found[..., :i] == found[..., i, None]).any(-1)
+        found[..., i] = np.where(known, last[..., i], found[..., i])
+    return rng.permuted(found, axis=-1)
+
+
+def _members(labels: np.ndarray, ways: int, each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of all examples, class after class, and the size of every class."""
     classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     if len(classes) < ways:
         raise ValueError(
@@ -194,7 +219,7 @@ def _members(labels: np.ndarray, ways: int, each: int) -> list[np.ndarray]:
             f'{few[0][1]} ({len(few)} of {len(classes)} classes have too few). Ask for fewer, or '
             'leave those classes out.'
         )
-    return np.split(np.argsort(inverse, kind='stable'), np.cumsum(counts)[:-1])
+    return np.argsort(inverse, kind='stable').astype(np.int32), counts
 
 
 def _check_positions(name: str, index: np.ndarray, n: int) -> None:

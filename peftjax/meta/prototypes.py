@@ -129,7 +129,7 @@ def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
             'Draw episodes by data.Episodes, or say fewer ways'
         )
     own = wide(embeddings.dtype)
-    sums = member.astype(own) @ embeddings.astype(own)
+    sums = jnp.matmul(member.astype(own), embeddings.astype(own), precision='highest')
     return (sums / counts.astype(own)[:, None]).astype(embeddings.dtype)
 
 
@@ -164,7 +164,7 @@ def logits(
     own = wide(embeddings.dtype)
     x, means = embeddings.astype(own), prototypes.astype(own)
     if distance == 'cosine':
-        return scale * (_unit(x) @ _unit(means).T)
+        return scale * jnp.matmul(_unit(x), _unit(means).T, precision='highest')
     # not by the binomial formula, which cancels where vectors are near each other
     return -scale * jnp.square(x[:, None] - means[None]).sum(-1)
 

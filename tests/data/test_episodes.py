@@ -50,6 +50,22 @@ def test_the_seed_says_what_comes_and_no_two_are_alike():
     assert len({row.tobytes() for row in tasks}) == len(tasks)
 
 
+def test_everything_is_as_likely():
+    """A class, an example of a class and which half it is in, whatever the size of the class."""
+    labels = np.repeat([0, 1, 2, 3], [3, 4, 3, 9])
+    tasks = 20_000
+    support, query = next(Episodes(labels, ways=3, shots=1, queries=2, tasks=tasks, seed=0))
+    for drawn, count in ((support.inputs, 1), (query.inputs, 2)):
+        times = np.bincount(drawn.ravel(), minlength=len(labels))
+        wanted = tasks * 3 / 4 * count / np.repeat([3, 4, 3, 9], [3, 4, 3, 9])
+        assert (abs(times - wanted) < 5 * wanted**0.5).all()
+    # which class is first, and the order of a query's two
+    first = np.bincount(labels[support.inputs[:, 0]])
+    assert (abs(first - tasks / 4) < 5 * (tasks / 4) ** 0.5).all()
+    rising = (query.inputs[:, ::2] < query.inputs[:, 1::2]).mean()
+    assert abs(rising - 0.5) < 5 * 0.5 / (3 * tasks) ** 0.5
+
+
 @pytest.mark.parametrize('seen', [0, 1, 7])
 def test_it_goes_on_where_it_stood(seen):
     episodes = make()
@@ -78,6 +94,9 @@ def test_a_state_of_other_episodes_is_refused():
     ):
         with pytest.raises(ValueError, match=f'of other episodes: {name} was .* and is'):
             other.restore(state)
+    del state['drawn']  # as it was before episodes were drawn side by side
+    with pytest.raises(ValueError, match='drawn was None and is 2'):
+        make().restore(state)
 
 
 @pytest.mark.parametrize(

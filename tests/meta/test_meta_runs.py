@@ -120,6 +120,15 @@ AGAIN = {
 """Bytes beyond one sum: of what all steps of a task share, the gradient is summed at each use."""
 
 
+def rates_together(found):
+    """The gradients of learned rates as one array: each is a sum that may cancel, and is as exact
+    as the largest of them."""
+    loss, grads = found
+    if 'rates' not in grads:
+        return found
+    return loss, {**grads, 'rates': jnp.stack(jax.tree.leaves(grads['rates']))}
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
 @pytest.mark.parametrize(
     ('name', 'kind'),
@@ -138,7 +147,7 @@ def test_tasks_over_devices_have_the_numbers_of_one_and_sum_the_gradient_alone(n
         tasks = jax.device_put(batch, pj.sharding.batch_sharding(mesh))
         compiled = quick.jit(run, out_shardings=whole).lower(there, phi, tasks, key).compile()
         found = compiled(there, phi, tasks, key)
-    small.assert_close(found, wanted, 1e-6)
+    small.assert_close(rates_together(found), rates_together(wanted), 1e-6)
     sent, loss = collectives(compiled.as_text()), 4
     assert {each.operation for each in sent} == {'all-reduce'}
     again = AGAIN.get(name, lambda phi: 0)(phi)

@@ -140,3 +140,17 @@ def test_a_support_without_a_class_is_refused_or_nan_where_none_can_know():
 def test_what_does_not_fit_is_refused(call, error, said):
     with pytest.raises(error, match=said):
         call()
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+def test_products_are_in_full_precision_on_accelerators_too(distance):
+    x, labels = small.drawn(7, 6, 4), jnp.tile(jnp.arange(3), 2)
+
+    def run(x):
+        means = pj.meta.prototypes(x, labels, 3)
+        return pj.meta.logits(x, means, distance=distance)
+
+    text = jax.jit(run).lower(x).as_text()
+    dots = [line for line in text.splitlines() if 'dot_general' in line]
+    assert len(dots) == (2 if distance == 'cosine' else 1)
+    assert all(line.count('HIGHEST') == 2 for line in dots)
