@@ -18,6 +18,10 @@ STRENGTH = 10.0
 """Inverse of the penalty on features of length one (`C` of the usual libraries)."""
 
 
+STILL = 3
+"""Steps in a row that change nothing, after which none will."""
+
+
 def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray) -> tuple[Head, int]:
     """Fits the classifier alone, by L-BFGS, to its one optimum.
 
@@ -48,21 +52,28 @@ def fit_probe(task: Task, tokens: data.Tokens, labels: np.ndarray) -> tuple[Head
 def minimum(
     loss: Callable[[Head], jax.Array], head: Head, most: int = 500, tolerance: float = 1e-5
 ) -> Head:
-    """The minimum of a convex function, by L-BFGS, with products in full precision: with those that
-    an accelerator takes by default a line search stands still far from it."""
-    tx = optax.lbfgs()
+    """The minimum of a convex function, by L-BFGS, as exactly as its dtype has it: it ends where
+    the gradient vanishes, or where steps change the numbers no more.
+
+    Products are in full precision: with those that an accelerator takes by default a line search
+    stands still far from the minimum.
+    """
+    tx, norm = optax.lbfgs(), optax.tree.norm
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     def body(carry: Any) -> Any:
-        head, state, _, step = carry
+        head, state, _, stood, step = carry
         value, grad = value_and_grad(head, state=state)
         updates, state = tx.update(grad, state, head, value=value, grad=grad, value_fn=loss)
-        size = optax.tree.norm(grad) / (1 + jnp.abs(value))
-        return optax.apply_updates(head, updates), state, size, step + 1
+        head = optax.apply_updates(head, updates)
+        moved = norm(updates) > jnp.finfo(value.dtype).eps * norm(head)
+        size = norm(grad) / (1 + jnp.abs(value))
+        return head, state, size, jnp.where(moved, 0, stood + 1), step + 1
 
     def more(carry: Any) -> jax.Array:
-        return (carry[2] > tolerance) & (carry[3] < most)
+        _, _, size, stood, step = carry
+        return (size > tolerance) & (stood < STILL) & (step < most)
 
-    first = (head, tx.init(head), jnp.array(jnp.inf), jnp.array(0))
+    first = (head, tx.init(head), jnp.array(jnp.inf), jnp.array(0), jnp.array(0))
     with jax.default_matmul_precision('highest'):
         return jax.jit(lambda carry: jax.lax.while_loop(more, body, carry))(first)[0]
