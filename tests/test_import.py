@@ -4,18 +4,19 @@ import json
 import subprocess
 import sys
 
-LIMIT = 0.3
-"""Seconds on top of `import jax, flax`."""
+LIMIT = 0.5
+"""Of the time that `import jax, flax` takes: machines differ in speed."""
 
 HEAVY = ('transformers', 'orbax', 'matplotlib', 'tokenizers', 'safetensors', 'torch', 'tqdm')
 
 # Processor time, not time on the clock: on a busy machine the clock measures the neighbors.
 MEASURE = f"""
 import json, sys, time
+first = time.process_time()
 import jax, flax
 before, already = time.process_time(), set(sys.modules)
 import peftjax
-spent = time.process_time() - before
+spent = (time.process_time() - before) / (before - first)
 print(json.dumps([spent, [name for name in {HEAVY} if name in set(sys.modules) - already]]))
 """
 
@@ -27,11 +28,11 @@ def measured() -> tuple[float, list[str]]:
 
 def test_import_is_cheap_and_light():
     for _ in range(8):  # best of several; the first may have to compile and to read from disk
-        seconds, heavy = measured()
+        part, heavy = measured()
         assert not heavy
-        if seconds <= LIMIT:
+        if part <= LIMIT:
             return
-    raise AssertionError(f'import peftjax took {seconds:.2f} s, more than {LIMIT} s')
+    raise AssertionError(f'import peftjax took {part:.2f} of what jax and flax take, not {LIMIT}')
 
 
 def test_the_command_line_starts_light():
