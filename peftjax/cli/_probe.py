@@ -66,7 +66,7 @@ def minimum(
         value, grad = value_and_grad(head, state=state)
         updates, state = tx.update(grad, state, head, value=value, grad=grad, value_fn=loss)
         head = optax.apply_updates(head, updates)
-        moved = norm(updates) > jnp.finfo(value.dtype).eps * norm(head)
+        moved = norm(updates) > jnp.finfo(jnp.result_type(value)).eps * norm(head)
         size = norm(grad) / (1 + jnp.abs(value))
         return head, state, size, jnp.where(moved, 0, stood + 1), step + 1
 
