@@ -17,7 +17,6 @@ Head = dict[str, jax.Array]
 STRENGTH = 10.0
 """Inverse of the penalty on features of length one (`C` of the usual libraries)."""
 
-
 STILL = 3
 """Steps in a row that change nothing, after which none will."""
 

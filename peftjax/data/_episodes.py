@@ -95,6 +95,7 @@ class Episodes(Iterator[Episode]):
                 raise ValueError(f'{name} must be at least 1: received {number}.')
         own = _labels(labels)
         self._members, self._sizes = _members(own, ways, shots + queries)
+        self._first = np.cumsum(self._sizes) - self._sizes
         self._rows, self._seed, self._next = rows, seed, 0
         digest = hashlib.sha256(own.astype(np.int64).tobytes()).hexdigest()
         self._made_of = {'labels': digest, **self._numbers, 'seed': seed, 'drawn': DRAWN}
@@ -103,9 +104,8 @@ class Episodes(Iterator[Episode]):
         ways, shots, queries, tasks = self._numbers.values()
         rng = np.random.default_rng([self._seed, self._next])
         classes = _different(rng, np.full(tasks, len(self._sizes)), ways)
-        sizes = self._sizes[classes]
-        before = (np.cumsum(self._sizes) - self._sizes)[classes]
-        drawn = self._members[before[..., None] + _different(rng, sizes, shots + queries)]
+        within = _different(rng, self._sizes[classes], shots + queries)
+        drawn = self._members[self._first[classes][..., None] + within]
         self._next += 1
         return Episode(self._shots(drawn[..., :shots]), self._shots(drawn[..., shots:]))
 
