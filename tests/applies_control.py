@@ -10,6 +10,9 @@ from zoo import APPLIES, Case, X, bare, normal
 
 SQUARE = normal(2, 6, 6, fan=6)
 STACK = normal(2, 3, 6, 6, fan=6)
+# XLA compiles a loop over less than 1,024 bytes by other means on CPU, with other bits; a base below
+# that and its adapted form above it would differ in rounding.
+ROWS = normal(0, 48, 6)
 
 
 @APPLIES
@@ -37,7 +40,7 @@ def scan_xs() -> Case:
     def fn(w, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, w)
 
-    return bare(fn, STACK, X)
+    return bare(fn, STACK, ROWS)
 
 
 @APPLIES
@@ -45,7 +48,7 @@ def scan_reverse() -> Case:
     def fn(w, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w, reverse=True, unroll=2)[0]
 
-    return bare(fn, STACK, X)
+    return bare(fn, STACK, ROWS)
 
 
 @APPLIES
@@ -53,7 +56,7 @@ def scan_consts() -> Case:
     def fn(w, x):
         return lax.scan(lambda x, _: (jnp.tanh(x @ w), x), x, None, length=3)
 
-    return bare(fn, SQUARE, X)
+    return bare(fn, SQUARE, ROWS)
 
 
 @APPLIES
@@ -66,7 +69,7 @@ def scan_carry() -> Case:
         return lax.scan(step, (0, w, x), None, length=3)
 
     served = ('efficient', 'dense: is an output')
-    return bare(fn, SQUARE, X, served=served, notes='goes round unchanged; then it is returned')
+    return bare(fn, SQUARE, ROWS, served=served, notes='goes round unchanged; then it is returned')
 
 
 @APPLIES
@@ -78,7 +81,7 @@ def scan_carry_changed() -> Case:
 
         return lax.scan(step, (w, x), None, length=3)[0][1]
 
-    return bare(fn, SQUARE, X, served=('dense: enters scan',))
+    return bare(fn, SQUARE, ROWS, served=('dense: enters scan',))
 
 
 @APPLIES
@@ -94,7 +97,7 @@ def scan_stacked() -> Case:
     return Case(
         fn=lambda p, x: lax.scan(block, x, p['layers'])[0],
         params={'layers': layers},
-        args=(X,),
+        args=(ROWS,),
         target='/w',
     )
 
@@ -110,7 +113,7 @@ def scan_nested() -> Case:
 
         return lax.scan(outer, x, w)[0]
 
-    return bare(fn, normal(2, 2, 3, 6, 6, fan=6), X)
+    return bare(fn, normal(2, 2, 3, 6, 6, fan=6), ROWS)
 
 
 @APPLIES
@@ -119,7 +122,7 @@ def scan_remat() -> Case:
         block = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
         return lax.scan(block, x, w)[0]
 
-    return bare(fn, STACK, X)
+    return bare(fn, STACK, ROWS)
 
 
 @APPLIES
@@ -128,7 +131,7 @@ def scan_chunks() -> Case:
         chunks = w.reshape(6, 2, 2).transpose(1, 0, 2)
         return lax.map(lambda w: jnp.tanh(x @ w), chunks)
 
-    return bare(fn, normal(2, 6, 4, fan=6), X, notes='scans over pieces of the output axis')
+    return bare(fn, normal(2, 6, 4, fan=6), ROWS, notes='scans over pieces of the output axis')
 
 
 @APPLIES
@@ -138,10 +141,10 @@ def scan_input_chunks() -> Case:
             w, x = piece
             return y + x @ w, None
 
-        pieces = (w.reshape(2, 3, 4), x.reshape(3, 2, 3).transpose(1, 0, 2))
-        return lax.scan(step, jnp.zeros((3, 4)), pieces)[0]
+        pieces = (w.reshape(2, 3, 4), x.reshape(48, 2, 3).transpose(1, 0, 2))
+        return lax.scan(step, jnp.zeros((48, 4)), pieces)[0]
 
-    return bare(fn, normal(2, 6, 4, fan=6), X, notes='scans over pieces of the input axis')
+    return bare(fn, normal(2, 6, 4, fan=6), ROWS, notes='scans over pieces of the input axis')
 
 
 @APPLIES
@@ -153,7 +156,7 @@ def while_loop() -> Case:
 
         return lax.while_loop(go_on, lambda s: (s[0] + 1, jnp.tanh(s[1] @ w)), (0, x))[1]
 
-    return bare(fn, SQUARE, X, reverse=False)
+    return bare(fn, SQUARE, ROWS, reverse=False)
 
 
 @APPLIES
@@ -169,7 +172,7 @@ def while_carry() -> Case:
 
         return lax.while_loop(go_on, step, (jnp.float32(0), w, x))[2]
 
-    return bare(fn, SQUARE, X, reverse=False)
+    return bare(fn, SQUARE, ROWS, reverse=False)
 
 
 @APPLIES
@@ -177,7 +180,7 @@ def fori_loop() -> Case:
     def fn(w, x):
         return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w[i]), x)
 
-    return bare(fn, STACK, X)
+    return bare(fn, STACK, ROWS)
 
 
 @APPLIES
@@ -309,4 +312,4 @@ def cast_then_scanned() -> Case:
         w, x = w.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    return bare(fn, STACK, X, tolerance=5e-2)
+    return bare(fn, STACK, ROWS, tolerance=5e-2)
