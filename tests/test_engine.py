@@ -13,6 +13,8 @@ from quick import jit
 
 import peftjax as pj
 
+pytestmark = pytest.mark.optimized
+
 FEWER = [*APPLIES.wing('applies_control'), *APPLIES.wing('applies_frameworks')[:10]]
 FEWER += ['plain', 'tied', 'reshaped', 'experts', 'conv_grouped', 'lookup_vmapped', 'concatenated']
 

@@ -20,6 +20,8 @@ from zoo import normal
 import peftjax as pj
 from peftjax import data
 
+pytestmark = pytest.mark.optimized
+
 PARAMS = {'embed': normal(0, 20, 6), 'kernel': normal(1, 6, 20)}
 SAMPLES = [data.Sample(np.arange(i, i + 4) % 20, np.ones(4, bool)) for i in range(7)]
 TX = optax.sgd(0.5, momentum=0.9)

@@ -24,6 +24,8 @@ import peftjax as pj
 from peftjax import _pieces, _steps
 from peftjax.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.optimized
+
 PARAMS = {'up': {'kernel': normal(0, 6, 4)}, 'down': {'kernel': normal(1, 4, 6)}}
 X = normal(2, 5, 6)
 TX = optax.sgd(optax.linear_schedule(0.1, 0.0, 8), momentum=0.9)
