@@ -26,7 +26,13 @@ def files(here):
 
 def started(*arguments):
     """The command, and a way to its processes."""
-    environment = {**os.environ, 'PYTHONPATH': str(HOME), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    flags = os.environ['XLA_FLAGS'].split()
+    environment = {
+        **os.environ,
+        'PYTHONPATH': str(HOME),
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': ' '.join(flag for flag in flags if 'device_count' not in flag),
+    }
     return subprocess.Popen(
         [sys.executable, '-m', 'peftjax', 'tune', *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
