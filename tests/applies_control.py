@@ -10,8 +10,8 @@ from zoo import APPLIES, Case, X, bare, normal
 
 SQUARE = normal(2, 6, 6, fan=6)
 STACK = normal(2, 3, 6, 6, fan=6)
-# On CPU, XLA compiles a loop over less than 1,024 bytes by other means, with other bits; a base
-# below that and its adapted form above it would differ in rounding.
+# On CPU, XLA compiles a loop over a few hundred bytes by other means (`xla_cpu_small_call` in the
+# compiled text), with other bits: so small a base and its larger adapted form would differ.
 ROWS = normal(0, 48, 6)
 
 

@@ -1,9 +1,9 @@
 """The climate of all tests: eight host devices, quick compilation, no silent promotion of dtypes.
 
-Two thirds of the time of all tests were the compiler's, and most programs run once, on a few
-numbers: they are compiled without most of its optimizations, in processes that tests start too.
-What is claimed of bits is compiled as users compile it, in modules marked `optimized`. With
-`JAX_DISABLE_MOST_OPTIMIZATIONS=0` in the environment everything is.
+Most programs of tests run once, on a few numbers, and compiling them would take most of the time:
+they are compiled without most optimizations, in processes that tests start too. Modules marked
+`optimized` are compiled as users compile (with jax 0.10 but for the flags below, which hold for a
+whole process). With `JAX_DISABLE_MOST_OPTIMIZATIONS=0` in the environment everything is.
 """
 
 import gc
@@ -13,13 +13,21 @@ import os
 import jax
 import pytest
 
-QUICK = os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1') != '0'
+QUICK = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS', '1').lower() not in ('0', 'false')
 FLAGS = ['--xla_force_host_platform_device_count=8']
 if QUICK and importlib.metadata.version('jaxlib').startswith('0.10.'):
     # later compilers do not know the first of these, and end on what they do not know
     FLAGS += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS]).strip()
-jax.config.update('jax_disable_most_optimizations', QUICK)
+
+
+def compile_quickly(quick: bool) -> None:
+    """How this process compiles from here on, and those that it starts."""
+    jax.config.update('jax_disable_most_optimizations', quick)
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(quick))
+
+
+compile_quickly(QUICK)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,8 +55,7 @@ def programs(request: pytest.FixtureRequest):
     Each holds mappings of memory, of which Linux gives a process 65,530; a compiler that gets no
     more crashes, and one process runs two thousand tests.
     """
-    quick = QUICK and request.node.get_closest_marker('optimized') is None
-    jax.config.update('jax_disable_most_optimizations', quick)
-    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(quick))  # for processes that it starts
+    compile_quickly(QUICK and request.node.get_closest_marker('optimized') is None)
     yield
     jax.clear_caches()
+    compile_quickly(QUICK)
