@@ -1,9 +1,10 @@
 """Which adapters can be summed."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from peftjax._leaf import LeafMethod
 from peftjax._method import Method
@@ -17,14 +18,35 @@ Adapter: TypeAlias = tuple[Peft, Phi]
 """A plan and its phi."""
 
 
-def checked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Array:
-    """The weights, of adapters that can be summed."""
-    if not adapters or len(adapters) != len(weights):
+class Held(Protocol):
+    """What has both, as `pj.load` gives it."""
+
+    @property
+    def peft(self) -> Peft: ...
+
+    @property
+    def phi(self) -> Phi: ...
+
+
+Adapters: TypeAlias = Sequence[Adapter | Held]
+"""What is to be summed."""
+
+
+def checked(adapters: Adapters, weights: Sequence[float]) -> tuple[list[Adapter], Array]:
+    """Adapters that can be summed, each as a pair, and their weights."""
+    if isinstance(adapters, tuple) and adapters and isinstance(adapters[0], Peft):
+        raise TypeError('adapters must be a list of them: received one. Give [adapter]')
+    pairs = [_pair(number, adapter) for number, adapter in enumerate(adapters)]
+    each = jnp.asarray(weights, jnp.float32)
+    if not pairs or each.shape != (len(pairs),):
         raise ValueError(
-            f'each adapter needs a weight; got {len(adapters)} adapters and {len(weights)} weights'
+            f'each adapter needs a weight; got {len(pairs)} adapters and weights of shape '
+            f'{each.shape}'
         )
-    first = adapters[0][0]
-    for number, (peft, phi) in enumerate(adapters):
+    if not isinstance(each, Tracer) and not jnp.isfinite(each).all():
+        raise ValueError(f'weights must be finite; got {each.tolist()}')
+    first = pairs[0][0]
+    for number, (peft, phi) in enumerate(pairs):
         peft._check_phi(phi)
         if wrong := _difference(first, peft):
             raise ValueError(
@@ -38,7 +60,18 @@ def checked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Array:
                 'for Lora, for leaves trained in full, for TrainableTokens and Ia3. '
                 f'{_mend(part)}'
             )
-    return jnp.asarray(weights, jnp.float32)
+    return pairs, each
+
+
+def _pair(number: int, adapter: Any) -> Adapter:
+    if isinstance(getattr(adapter, 'peft', None), Peft):
+        return adapter.peft, adapter.phi
+    if isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[0], Peft):
+        return adapter
+    raise TypeError(
+        f'adapter {number} must be (peft, phi), or what pj.load gives: received '
+        f'{type(adapter).__name__}'
+    )
 
 
 def _mend(part: Method) -> str:

@@ -17,13 +17,13 @@ from peftjax._peft import nested
 from peftjax._quantized import Arrays
 from peftjax._shapes import shapes_of
 from peftjax._sites import Site
-from peftjax._summable import Adapter, checked
+from peftjax._summable import Adapter, Adapters, checked
 from peftjax._types import Array, Path, Phi, PyTree
 from peftjax.methods.lora import Lora
 
 
 def combine(
-    adapters: Sequence[Adapter],
+    adapters: Adapters,
     weights: Sequence[float],
     mixing: Mixing,
     join: Join,
@@ -32,12 +32,12 @@ def combine(
     params: PyTree | None = None,
 ) -> Adapter:
     """One adapter of several: pairs by `join`, all else by `mixing`."""
-    weighted = checked(adapters, weights)
-    peft = adapters[0][0]
+    pairs, weighted = checked(adapters, weights)
+    peft = pairs[0][0]
     if params is not None:
         peft._check_params(params)
     leaves = _Base(params)
-    each = [peft._parts(phi) for peft, phi in adapters]
+    each = [peft._parts(phi) for peft, phi in pairs]
     methods, phis = {}, []
     for index, ((keys, part), chosen) in enumerate(zip(peft.method.parts, peft.sites, strict=True)):
         mine = [(parts[index][0], parts[index][2]) for parts in each]
@@ -75,7 +75,7 @@ def _pairs(
         a, b = join(site.path, pairs, weights, own)
         a = a.reshape(*outer, *site.sizes(site.inputs), -1)
         b = b.reshape(*outer, a.shape[-1], *site.sizes(site.outputs))
-        dtype = mine[0][1][site.path]['a'].dtype
+        dtype = jnp.result_type(*(phi[site.path]['a'].dtype for _, phi in mine))
         found[site.path] = {'a': a.astype(dtype), 'b': b.astype(dtype)}
     return found
 
@@ -100,7 +100,8 @@ def _changes(
             layers = _Layers.of(start, part.axes(site)[name], site)
             changes = [layers.apart(float32(phi[site.path][name]) - start) for _, phi in mine]
             whole = start + layers.together(mixing(changes, weights, own))
-            found[site.path][name] = whole.astype(mine[0][1][site.path][name].dtype)
+            dtype = jnp.result_type(*(phi[site.path][name].dtype for _, phi in mine))
+            found[site.path][name] = whole.astype(dtype)
     return found
 
 

@@ -1,10 +1,10 @@
 """Sums of adapters: several plans with their phi become one plan with one phi.
 
-An adapter is `(peft, phi)`, as `attach` and `init`, `pj.load` or `pj.hf.load_adapter` give them,
-all of one model and of the same sites. So is the result, `(peft, phi)`: it wraps, merges, is saved
-and exported as any other, and no model is needed to make it. Its plan is that of the first adapter
-with the ranks of the result, and every scale is 1: the scales of all (`alpha / rank`,
-rank-stabilized, with patterns, each adapter its own) go into the factors.
+An adapter is `(peft, phi)`, as `attach` and `init` give them, or what `pj.load` or
+`pj.hf.load_adapter` found; all are of one model and of the same sites. The result is `(peft, phi)`:
+it wraps, merges, is saved and exported as any other, and no model is needed to make it. Its plan is
+that of the first adapter with the ranks of the result, and every scale is 1: the scales of all
+(`alpha / rank`, rank-stabilized, with patterns, each adapter its own) go into the factors.
 
 What adds up is the update of each method: the product of `Lora`; of `Trainable`, `BitFit`,
 `NormTuning`, `TrainableTokens` what they change of theta, hence `params`; of `Ia3` the scales less
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from peftjax._joins import beside_each_other, factors, nearest, updates
 from peftjax._mixing import Mixing
-from peftjax._summable import Adapter
+from peftjax._summable import Adapter, Adapters
 from peftjax._sums import combine
 from peftjax._types import Array, PyTree
 
@@ -24,7 +24,7 @@ PLACES = ('factors', 'update')
 
 
 def linear(
-    adapters: Sequence[Adapter], weights: Sequence[float], *, params: PyTree | None = None
+    adapters: Adapters, weights: Sequence[float], *, params: PyTree | None = None
 ) -> Adapter:
     """Sums `a` and `b` apart, each times the root of weight and scale.
 
@@ -56,9 +56,7 @@ def linear(
     return combine(adapters, weights, Mixing(), factors(Mixing()), params=params)
 
 
-def cat(
-    adapters: Sequence[Adapter], weights: Sequence[float], *, params: PyTree | None = None
-) -> Adapter:
+def cat(adapters: Adapters, weights: Sequence[float], *, params: PyTree | None = None) -> Adapter:
     """Sums updates exactly: ranks add up.
 
     Args:
@@ -86,7 +84,7 @@ def cat(
 
 
 def svd(
-    adapters: Sequence[Adapter],
+    adapters: Adapters,
     weights: Sequence[float],
     *,
     rank: int | None = None,
@@ -124,7 +122,7 @@ def svd(
 
 
 def magnitude_prune(
-    adapters: Sequence[Adapter],
+    adapters: Adapters,
     weights: Sequence[float],
     *,
     density: float,
@@ -164,7 +162,7 @@ def magnitude_prune(
 
 
 def ties(
-    adapters: Sequence[Adapter],
+    adapters: Adapters,
     weights: Sequence[float],
     *,
     density: float,
@@ -209,7 +207,7 @@ def ties(
 
 
 def dare(
-    adapters: Sequence[Adapter],
+    adapters: Adapters,
     weights: Sequence[float],
     *,
     key: Array,
@@ -251,11 +249,13 @@ def dare(
     Reference: Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous
     Models as a Free Lunch, 2023, arXiv:2311.03099, section 3.
     """
+    if key is None:
+        raise TypeError('what DARE drops is drawn from a key; got none. Give jax.random.key(…)')
     return _mixed(adapters, weights, Mixing('random', density, elect), on, rank, key, params)
 
 
 def _mixed(
-    adapters: Sequence[Adapter],
+    adapters: Adapters,
     weights: Sequence[float],
     mixing: Mixing,
     on: str,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import _processes
+from peftjax._counts import whole
 from peftjax._types import PyTree
 from peftjax.resume import Checkpoints
 from peftjax.train import Step, TrainState
@@ -124,7 +125,8 @@ def fit(
       NotFiniteError: as said by `not_finite` and `patience`; the newest checkpoint is finite.
       Terminated: on SIGTERM.
       ValueError: there are too few batches, or a number is not positive.
-      TypeError: the batches do not say where they stand.
+      TypeError: the batches are no iterator or, with checkpoints, do not say where they stand; the
+        state is a stack; an event is none, or a number no integer.
 
     Example:
       >>> import itertools, jax.numpy as jnp, optax, peftjax as pj
@@ -142,11 +144,9 @@ def fit(
     """
     for name, value in (
         ('save_every', save_every), ('patience', patience), ('fetch_every', fetch_every),
-        *((f'events[{i}].steps', event.steps) for i, event in enumerate(events)
-          if isinstance(event, Every)),
     ):  # fmt: skip
-        if value < 1:
-            raise ValueError(f'{name} must be at least 1: received {value}')
+        whole(name, value)
+    _check(state, batches, events)
     if checkpoints is not None:
         checkpoints.position(batches)  # refused before the first step, not after it
     watch = _Losses(on_loss, not_finite, patience, checkpoints, int(state.skipped))
@@ -175,6 +175,30 @@ def fit(
         _log.warning('told to end: ended after step %d', int(state.step))
         raise Terminated(128 + signal.SIGTERM)
     return state
+
+
+def _check(state: TrainState, batches: Any, events: Any) -> None:
+    """Refuses what would end the training in its middle."""
+    if jnp.ndim(state.step):
+        raise TypeError(
+            f'fit trains one state; got a stack of {state.step.shape[0]}. Write the loop of a '
+            'vmapped step yourself, as examples/13_many_at_once.py does'
+        )
+    if not isinstance(batches, Iterator):
+        raise TypeError(
+            f'batches must be an iterator: received {type(batches).__name__}. Give iter(batches), '
+            'or itertools.cycle(batches)'
+        )
+    if isinstance(events, Every | At) or not all(isinstance(one, Every | At) for one in events):
+        raise TypeError(f'events must be a list of pj.Every and pj.At: received {events!r:.200}')
+    for i, event in enumerate(events):
+        if isinstance(event, Every):
+            whole(f'events[{i}].steps', event.steps)
+        elif isinstance(event.steps, str) or not isinstance(event.steps, Collection):
+            raise TypeError(
+                f'events[{i}].steps must be a set of steps: received {event.steps!r:.200}. Give '
+                '{1, 10}, say'
+            )
 
 
 def _next(batches: Iterator[Any], count: int, steps: int) -> Any:

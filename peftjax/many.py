@@ -8,8 +8,9 @@ one program, with theta held once:
 
 where `step` is any `pj.train_step` and `states` a stack of `pj.start(...)`: K seeds, K tasks (a
 batch each, or one for all with `in_axes=(None, 0, None)`), K learning rates
-(`optax.inject_hyperparams` keeps a rate in the state), K ranks (`pj.pad_ranks`). `pj.mixed` runs a
-batch whose rows have a phi each.
+(`optax.inject_hyperparams` keeps a rate in the state), K ranks (`pj.pad_ranks`). The loop is your
+own: `pj.fit` and `pj.Checkpoints` take one state. `pj.mixed` runs a batch whose rows have a phi
+each.
 """
 
 import functools
@@ -18,8 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from peftjax import _paths
+from peftjax._counts import whole
 from peftjax._peft import Peft
 from peftjax._types import Array, Path, Phi, PyTree
 
@@ -41,6 +44,7 @@ def stack(trees: Sequence[PyTree], *, room: int | None = None) -> PyTree:
     Raises:
       ValueError: there are no trees, their paths, shapes or dtypes differ, or there is too little
         room.
+      TypeError: there is one tree and no list of them, or `room` is no integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -50,14 +54,22 @@ def stack(trees: Sequence[PyTree], *, room: int | None = None) -> PyTree:
       >>> pj.stack(phis, room=4)['kernel']['a'][:, 0, 0]
       Array([ 0.,  1., nan, nan], dtype=float32)
     """
-    if not trees:
+    if isinstance(trees, Mapping):
+        raise TypeError(f'a stack is made of a list of trees; got one {type(trees).__name__}')
+    if not (trees := list(trees)):
         raise ValueError('a stack needs a tree at least; got none')
-    spare = 0 if room is None else room - len(trees)
+    spare = 0 if room is None else whole('room', room) - len(trees)
     if spare < 0:
         raise ValueError(f'{len(trees)} trees need room for as many; got room={room}')
     kinds = [_kinds(tree) for tree in trees]
     for number, other in enumerate(kinds):
         _check_alike(f'tree {number} of a stack', kinds[0], other)
+        made = [jax.tree.structure(trees[i]) for i in (0, number)]
+        if made[0] != made[1]:
+            raise ValueError(
+                f'tree {number} of a stack must be made of the containers of the first: '
+                f'{made[1]}, not {made[0]}'
+            )
     return jax.tree.map(functools.partial(_stacked, spare), *trees)
 
 
@@ -87,7 +99,8 @@ def swap(stacked: PyTree, index: int | Array, tree: PyTree) -> PyTree:
 
     Args:
       stacked: as from `stack`; it is donated: use the new one.
-      index: the place.
+      index: the place, an integer from 0. Under `jax.jit`, which cannot know it, another place
+        leaves the stack as it is.
       tree: of the shapes and dtypes of a member.
 
     Returns:
@@ -95,6 +108,7 @@ def swap(stacked: PyTree, index: int | Array, tree: PyTree) -> PyTree:
 
     Raises:
       ValueError: paths, shapes or dtypes differ, or there is no such place.
+      TypeError: the place is no integer.
 
     Example:
       >>> import jax.numpy as jnp, peftjax as pj
@@ -105,14 +119,17 @@ def swap(stacked: PyTree, index: int | Array, tree: PyTree) -> PyTree:
     count = size(stacked)
     members = {path: (shape[1:], dtype) for path, (shape, dtype) in _kinds(stacked).items()}
     _check_alike('a member of this stack', members, _kinds(tree))
-    if isinstance(index, int) and not 0 <= index < count:
-        raise ValueError(f'a stack of {count} has places 0 to {count - 1}; got {index}')
+    if not isinstance(index, Tracer):
+        index = whole('a place', index, 0)
+        if index >= count:
+            raise ValueError(f'a stack of {count} has places 0 to {count - 1}; got {index}')
     return _swap(stacked, jnp.asarray(index, jnp.int32), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _swap(stacked: PyTree, index: Array, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda whole, own: whole.at[index].set(own), stacked, tree)
+    known = jnp.where(index < 0, size(stacked), index)  # from the end counts nobody here
+    return jax.tree.map(lambda all_, own: all_.at[known].set(own, mode='drop'), stacked, tree)
 
 
 def base_phi(peft: Peft, params: PyTree) -> Phi:
@@ -197,9 +214,9 @@ def _said(kind: Kind) -> str:
 
 
 def _stacked(spare: int, *leaves: Any) -> Array:
-    whole = jnp.stack(leaves)
+    found = jnp.stack(leaves)
     if not spare:
-        return whole
-    if not jnp.issubdtype(whole.dtype, jnp.inexact):
-        raise ValueError(f'room is for arrays of floats, which can hold NaN; got {whole.dtype}')
-    return jnp.concatenate([whole, jnp.full((spare, *whole.shape[1:]), jnp.nan, whole.dtype)])
+        return found
+    if not jnp.issubdtype(found.dtype, jnp.inexact):
+        raise ValueError(f'room is for arrays of floats, which can hold NaN; got {found.dtype}')
+    return jnp.concatenate([found, jnp.full((spare, *found.shape[1:]), jnp.nan, found.dtype)])

@@ -183,16 +183,15 @@ def _checked(rows: Rows) -> Rows:
             f"row's; got {type(rows).__name__}"
         )
     index = rows.index
-    if not jnp.issubdtype(jnp.result_type(index), jnp.integer) or jnp.ndim(index) != 1:
-        raise TypeError(
-            f'the index of a mixed batch is int (rows,); got {jnp.result_type(index)} of shape '
-            f'{jnp.shape(index)}'
-        )
+    if not _is_array(index) or index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        own = f'{index.dtype} of shape {index.shape}' if _is_array(index) else type(index).__name__
+        raise TypeError(f'the index of a mixed batch is an array of int, (rows,); got {own}')
     return rows
 
 
 def _gathered(phis: Phi, index: Array) -> Phi:
     """The phi of each row; NaN where there is none, negative places among them."""
+    index = index.astype(jnp.int32)  # a narrow one could not count the stack
     known = jnp.where(index < 0, size(phis), index)
     take = lambda leaf: leaf.at[known].get(mode='fill', fill_value=jnp.nan)
     return jax.tree.map(take, phis)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from peftjax import _manifest, _position, _processes, _serialize, _state
 from peftjax._fingerprint import Fingerprint
 from peftjax._lock import FILE as LOCK  # noqa: F401
@@ -136,7 +138,12 @@ class Checkpoints:
           OSError: the state before this one could not be written.
           TypeError: the state or the data cannot be saved.
         """
-        about = {'specs': _state.specs(state), 'data': json.loads(json.dumps(data))}
+        if np.ndim(state.step):
+            raise TypeError(
+                f'a checkpoint is of one state; got a stack of {state.step.shape[0]}. Keep members '
+                'apart, by pj.unstack, each in a folder of its own'
+            )
+        about = {'specs': _state.specs(state), 'data': _position.kept('data', data)}
         arrays, step = _state.held(state), int(state.step)
         self.wait()
         if _processes.several():  # they meet while they write, and may not meet elsewhere meanwhile
@@ -173,7 +180,7 @@ class Checkpoints:
         """Where an iterator stands, as JSON keeps it.
 
         Raises:
-          TypeError: it does not say.
+          TypeError: it does not say, or says what JSON does not keep.
         """
         return _position.position(batches)
 
@@ -284,7 +291,7 @@ def _own(peft: Peft, params: PyTree, settings: Mapping[str, Any]) -> dict[str, A
         'method': str(peft.method),
         'peft': _serialize.encode(peft),
         'fingerprint': _serialize.encode(Fingerprint.of(params)),
-        'settings': json.loads(json.dumps(dict(settings))),
+        'settings': _position.kept('settings', dict(settings)),
     }
 
 

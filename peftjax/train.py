@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from peftjax._beside import beside, on_a_mesh
+from peftjax._counts import whole
 from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.losses import Loss
@@ -85,7 +87,20 @@ def start(
     if keep_best:
         value, own = jnp.full((), jnp.nan, jnp.float32), jax.tree.map(jnp.copy, phi)
         best = Best(own, value, count(), count())
-    return beside(TrainState(phi, tx.init(phi), count(), jnp.copy(key), count(), best), phi)
+    state = TrainState(phi, tx.init(phi), count(), jnp.copy(key), count(), best)
+    return beside(_apart(state), phi)
+
+
+def _apart(state: TrainState) -> TrainState:
+    """Every array once: optimizers that keep phi itself would have it donated twice."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        known = id(leaf) in seen
+        seen.add(id(leaf))
+        return jnp.copy(leaf) if known else leaf
+
+    return jax.tree.map(own, state)
 
 
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
@@ -98,7 +113,8 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
     Args:
       loss_fn: `loss_fn(params, phi, batch, key)` to a scalar, or to a `Loss`, whose mean is
         minimized.
-      tx: the optimizer.
+      tx: the optimizer. One that asks for it is told the loss, as `value`; what else it may ask
+        for, such as the `value_fn` of a line search, a step does not have.
       accumulate: how many parts a batch has: its leaves are `(accumulate, ...)`. Their gradients
         are summed one part after the other, so that activations of one part alone are held. The
         mean is that of the whole batch: by the counts of a `Loss`; scalars count alike. Each part
@@ -109,7 +125,9 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
 
     Raises:
       ValueError: `accumulate` is not positive, or (from the step) a leaf of a batch has not so
-        many parts.
+        many parts, or there is no phi.
+      TypeError: `accumulate` is no integer, or (from the step) the loss is neither a scalar nor a
+        `Loss`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -128,18 +146,17 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
       True
     """
 
-    if accumulate < 1:
-        raise ValueError(f'accumulate must be at least 1: received {accumulate}')
-    gradient = _gradient(loss_fn)
-    if accumulate > 1:
-        gradient = _accumulated(gradient, accumulate)
+    gradient, parts = _gradient(loss_fn), whole('accumulate', accumulate)
+    if parts > 1:
+        gradient = _accumulated(gradient, parts)
+    informed = optax.with_extra_args_support(tx)
 
     def step(params: PyTree, state: TrainState, batch: Any) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(state.key, state.step)
         found, grads = gradient(params, state.phi, batch, key)
         loss, grads = found.mean, jax.tree.map(functools.partial(_mean, found), grads, state.phi)
         good = jnp.isfinite(loss) & jnp.isfinite(_square(grads))
-        updates, opt_state = tx.update(grads, state.opt_state, state.phi)
+        updates, opt_state = informed.update(grads, state.opt_state, state.phi, value=loss)
         phi: Any = optax.apply_updates(state.phi, updates)  # optax has a narrower type for trees
         good &= _finite(phi)
         # a choice, not a branch: a GPU would wait for the host to learn which way to go
@@ -186,6 +203,16 @@ class _Jitted:
         return self._staying[where]
 
 
+def _scalar(loss: Any) -> Array:
+    if isinstance(loss, jax.Array | np.ndarray | np.generic) and jnp.ndim(loss) == 0:
+        return jnp.asarray(loss)
+    shape = f' of shape {jnp.shape(loss)}' if isinstance(loss, jax.Array) else ''
+    raise TypeError(
+        f'a loss must be a scalar, or a pj.Loss: received {type(loss).__name__}{shape}. Take a '
+        'mean, and leave out what is beside it'
+    )
+
+
 Gradient = Callable[[PyTree, Phi, Any, Array], tuple[Loss, Phi]]
 """`gradient(params, phi, batch, key)` to a total with its count, and the gradient of the total."""
 
@@ -193,7 +220,10 @@ Gradient = Callable[[PyTree, Phi, Any, Array], tuple[Loss, Phi]]
 def _gradient(loss_fn: LossFn) -> Gradient:
     def summed(phi: Phi, params: PyTree, batch: Any, key: Array) -> tuple[Array, Array]:
         loss = loss_fn(params, phi, batch, key)
-        return loss if isinstance(loss, Loss) else (loss, jnp.ones((), wide(loss.dtype)))
+        if isinstance(loss, Loss):
+            return loss
+        total = _scalar(loss)
+        return total, jnp.ones((), wide(total.dtype))
 
     both = jax.value_and_grad(summed, has_aux=True)
 
@@ -236,6 +266,8 @@ def _mean(found: Loss, total: Array, like: Array) -> Array:
 
 def _finite(tree: Any) -> Array:
     """Whether all is: an optimizer may make something else of a gradient that is."""
+    if not jax.tree.leaves(tree):
+        raise ValueError('a step trains phi; there is nothing in it')
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 

@@ -4,11 +4,16 @@ Most programs of tests run once, on a few numbers, and compiling them would take
 they are compiled without most optimizations, in processes that tests start too. Modules marked
 `optimized` are compiled as users compile (with jax 0.10 but for the flags below, which hold for a
 whole process). With `JAX_DISABLE_MOST_OPTIMIZATIONS=0` in the environment everything is.
+
+Many commands compile the same step, in this process and in others: what took long is kept on disk
+for the length of the run.
 """
 
 import gc
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -31,8 +36,16 @@ compile_quickly(QUICK)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tells of the mark."""
+    """Tells of the marks, and keeps programs for all processes of this run."""
     config.addinivalue_line('markers', 'optimized: its programs are compiled as users compile them')
+    config.addinivalue_line('markers', 'slow: starts processes, and takes up to a minute a test')
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # a worker has that of who started it
+        folder = tempfile.mkdtemp(prefix='peftjax-programs-')
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+        os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+    jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 def pytest_collection_finish() -> None:

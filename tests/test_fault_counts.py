@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
 FAULTS = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'faults.py'
 if not FAULTS.is_file():
     pytest.skip('the benchmarks are not here', allow_module_level=True)

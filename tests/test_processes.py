@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
 HOME = pathlib.Path(__file__).parents[1]
 
 PROGRAM = """

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from peftjax._counts import whole
+
 DRAWN = 2
 """The number of the way of drawing: a run that saw tasks of another does not go on with these."""
 
@@ -57,8 +59,9 @@ class Episodes(Iterator[Episode]):
 
     Raises:
       ValueError: there are fewer classes than `ways`, a class has fewer examples than
-        `shots + queries`, labels are not one integer for each example, or a number is not positive;
-        from `restore`, a state of other labels, numbers or another seed.
+        `shots + queries`, labels are not one integer for each example, a number is not positive, or
+        the seed negative; from `restore`, a state of other labels, numbers or another seed.
+      TypeError: a number or the seed is no integer.
 
     Example:
       >>> import itertools
@@ -89,12 +92,10 @@ class Episodes(Iterator[Episode]):
         seed: int,
         rows: Callable[[np.ndarray], Any] | None = None,
     ):
-        self._numbers = {'ways': ways, 'shots': shots, 'queries': queries, 'tasks': tasks}
-        for name, number in self._numbers.items():
-            if number < 1:
-                raise ValueError(f'{name} must be at least 1: received {number}.')
-        own = _labels(labels)
-        self._members, self._sizes = _members(own, ways, shots + queries)
+        numbers = {'ways': ways, 'shots': shots, 'queries': queries, 'tasks': tasks}
+        self._numbers = {name: whole(name, number) for name, number in numbers.items()}
+        seed, own = whole('seed', seed, 0), _labels(labels)
+        self._members, self._sizes = _members(own, self._numbers['ways'], shots + queries)
         self._first = np.cumsum(self._sizes) - self._sizes
         self._rows, self._seed, self._next = rows, seed, 0
         digest = hashlib.sha256(own.astype(np.int64).tobytes()).hexdigest()
@@ -131,7 +132,7 @@ class Episodes(Iterator[Episode]):
                     f'the state is of other episodes: {name} was {state.get(name)!r} and is '
                     f'{own!r} now. Go on with the same labels, numbers and seed, or start anew.'
                 )
-        self._next = int(state['next'])
+        self._next = whole("the state's next", state['next'], 0)
 
 
 def episode(labels: ArrayLike, support: ArrayLike, query: ArrayLike) -> Episode:

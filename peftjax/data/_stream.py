@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from peftjax._counts import whole
 from peftjax.data._rows import LanguageBatch, Rows
 
 
@@ -20,8 +21,9 @@ class Batches(Iterator[LanguageBatch]):
       epochs: how often every row comes.
 
     Raises:
-      ValueError: `size` or `epochs` is not positive; from `restore`, a state of other rows, another
-        size or another seed.
+      ValueError: `size` or `epochs` is not positive, or the seed negative; from `restore`, a state
+        of other rows, another size or another seed.
+      TypeError: one of them is no integer.
 
     Example:
       >>> import numpy as np
@@ -38,10 +40,8 @@ class Batches(Iterator[LanguageBatch]):
     """
 
     def __init__(self, rows: Rows, size: int, *, seed: int | None, epochs: int = 1):
-        if size < 1 or epochs < 1:
-            raise ValueError(
-                f'size and epochs must be at least 1: received size={size}, epochs={epochs}.'
-            )
+        size, epochs = whole('size', size), whole('epochs', epochs)
+        seed = None if seed is None else whole('seed', seed, 0)
         import grain
 
         order = grain.MapDataset.range(len(rows))

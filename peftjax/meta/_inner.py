@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from peftjax import _paths
+from peftjax._counts import whole
 from peftjax._types import Array, Phi, PyTree, Target
 from peftjax.losses import Loss
 from peftjax.train import LossFn
@@ -71,8 +72,7 @@ def loop(
     loss: LossFn, tx: optax.GradientTransformation, steps: int, target: Target | None = None
 ) -> Callable[..., tuple[Phi, Any]]:
     """`go(params, phi, state, support, key) -> (phi, state)`, from any state of the optimizer."""
-    if steps < 1:
-        raise ValueError(f'steps must be at least 1: received {steps}')
+    whole('steps', steps)
     if target is not None:
         _paths.patterns(target)
 
@@ -99,10 +99,16 @@ def begun(begin: Begin | None, params: PyTree, phi: Phi, support: Any, key: Arra
 
     Raises:
       ValueError: phi has a part of that name, which a task would begin without.
+      TypeError: it is no dict.
     """
     if begin is None:
         return phi
     own = begin(params, phi, support, key)
+    if not isinstance(own, Mapping):
+        raise TypeError(
+            f'begin must give a dict of what stands beside phi: received {type(own).__name__}. '
+            "Name it, as {'head': …}"
+        )
     if both := sorted(set(phi) & set(own)):
         raise ValueError(
             f'what begin gives must stand beside phi: both have {both}. Give it another name, or '

@@ -3,6 +3,7 @@
 Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, arXiv:1707.09835.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -40,8 +41,8 @@ def meta_sgd(
       The learner.
 
     Raises:
-      ValueError: as of `maml`; from `init`, a target finds nothing; what is trained is not from
-        `init`.
+      ValueError: as of `maml`, or `rate` is not finite; from `init`, a target finds nothing; what
+        is trained is not from `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -57,6 +58,9 @@ def meta_sgd(
 
     Reference: Li et al., 2017, arXiv:1707.09835, equations 3 and 4.
     """
+
+    if not math.isfinite(rate):
+        raise ValueError(f'rate must be finite: received {rate}')
 
     def init(phi: Phi) -> Phi:
         of = lambda leaf: jnp.full(leaf.shape if elementwise else (), rate, leaf.dtype)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from peftjax._one_pass import wide
@@ -26,10 +27,11 @@ class Prototypical(NamedTuple):
     Attributes:
       loss: `loss(params, phi, tasks, key)`, a scalar, for `pj.train_step`: the cross-entropy of the
         queries, its mean over rows and tasks. Tasks are `(support, query)`, each a pair
-        `(inputs, labels)`; leaves are `(tasks, rows, ...)`, labels integers from 0 to `ways - 1`.
+        `(inputs, labels)`; leaves are `(tasks, rows, ...)`, labels integers from 0 to `ways - 1`,
+        or -1 for rows that only fill up.
       adapt: `adapt(params, phi, support, key) -> (ways, width)`, the prototypes of one task.
       classify: `classify(params, phi, prototypes, inputs, key) -> (rows, ways)`, logits. Both are
-        jitted.
+        compiled once for all tasks of one shape.
     """
 
     loss: LossFn
@@ -77,21 +79,40 @@ def prototypical(
         raise ValueError(f'ways must be at least 2 and scale positive: received {ways} and {scale}')
     _check(distance)
 
-    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Array:
+    def means_of(params: PyTree, phi: Phi, support: Any, key: Array) -> Array:
         inputs, labels = _halves(support, 'support')
         return prototypes(embed(params, phi, inputs, key), labels, ways)
+
+    jitted = jax.jit(means_of)
+
+    def adapt(params: PyTree, phi: Phi, support: Any, key: Array) -> Array:
+        _check_labels(_halves(support, 'support')[1], ways)  # inside they have no values
+        return jitted(params, phi, support, key)
 
     def classify(params: PyTree, phi: Phi, means: Array, inputs: Any, key: Array) -> Array:
         return logits(embed(params, phi, inputs, key), means, distance=distance, scale=scale)
 
     def one(params: PyTree, phi: Phi, task: tuple[Any, Any], key: Array) -> Array:
-        support, (inputs, labels) = task[0], _halves(task[1], 'query')
+        inputs, labels = _halves(task[1], 'query')
         of_support, of_query = (jax.random.fold_in(key, i) for i in range(2))
-        means = adapt(params, phi, support, of_support)
-        said = jax.nn.log_softmax(classify(params, phi, means, inputs, of_query))
-        return -jnp.take_along_axis(said, labels[:, None], -1).mean()
+        means = means_of(params, phi, task[0], of_support)
+        return _cross_entropy(classify(params, phi, means, inputs, of_query), labels)
 
-    return Prototypical(over_tasks(one), jax.jit(adapt), jax.jit(classify))
+    return Prototypical(over_tasks(one), adapt, jax.jit(classify))
+
+
+def _cross_entropy(found: Array, labels: Array) -> Array:
+    """Its mean over the rows that have a class; NaN where a label is of none."""
+    if labels.shape != found.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f'labels of a query must be integers (rows,): received {labels.dtype} of shape '
+            f'{labels.shape} for {found.shape[0]} rows'
+        )
+    labels, ways = labels.astype(jnp.int32), found.shape[1]
+    none = labels == -1
+    index = jnp.where(none, 0, jnp.where(labels < 0, ways, labels))
+    said = jnp.take_along_axis(jax.nn.log_softmax(found), index[:, None], -1)[:, 0]
+    return -jnp.where(none, 0, said).sum() / (~none).sum(dtype=said.dtype)
 
 
 def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
@@ -99,16 +120,16 @@ def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
 
     Args:
       embeddings: `(rows, width)`, floats.
-      labels: `(rows,)` integers; rows with another label than 0 to `ways - 1`, as -1, are in no
-        class.
+      labels: `(rows,)` integers from 0 to `ways - 1`; rows with -1 are in no class.
       ways: how many classes there are.
 
     Returns:
-      `(ways, width)`, in the dtype of the embeddings, summed in float32 or wider. A class without
-      rows is NaN under `jax.jit`, which cannot know.
+      `(ways, width)`, in the dtype of the embeddings, summed in float32 or wider. Under `jax.jit`,
+      which cannot know, a class without rows is NaN, and all are where a label is another.
 
     Raises:
-      ValueError: a class has no rows, where labels have values; shapes do not fit.
+      ValueError: a class has no rows or a label is another, where labels have values; labels are no
+        integers, or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,17 +141,14 @@ def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
             'embeddings must be (rows, width) and labels (rows,): received '
             f'{embeddings.shape} and {labels.shape}'
         )
-    member = labels[None] == jnp.arange(ways, dtype=labels.dtype)[:, None]
-    counts = member.sum(-1)
-    if not isinstance(counts, Tracer) and not counts.all():
-        absent = [i for i, count in enumerate(counts.tolist()) if not count]
-        raise ValueError(
-            f'a support must have an example of each of {ways} classes; it has none of {absent}. '
-            'Draw episodes by data.Episodes, or say fewer ways'
-        )
+    _check_labels(labels, ways)
+    labels = labels.astype(jnp.int32)
+    member = labels[None] == jnp.arange(ways, dtype=jnp.int32)[:, None]
     own = wide(embeddings.dtype)
     sums = jnp.matmul(member.astype(own), embeddings.astype(own), precision='highest')
-    return (sums / counts.astype(own)[:, None]).astype(embeddings.dtype)
+    means = sums / member.sum(-1, dtype=own)[:, None]
+    strange = ((labels < -1) | (labels >= ways)).any()
+    return jnp.where(strange, jnp.nan, means).astype(embeddings.dtype)
 
 
 def logits(
@@ -180,9 +198,30 @@ def _check(distance: str) -> None:
         raise ValueError(f"distance must be 'euclidean' or 'cosine': received {distance!r}")
 
 
+def _check_labels(labels: Array, ways: int) -> None:
+    """Refuses a support without a class, where its labels have values."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f'labels must be integers (rows,): received {labels.dtype} of shape {labels.shape}'
+        )
+    if isinstance(labels, Tracer):
+        return
+    found = set(np.unique(labels).tolist()) - {-1}
+    if strange := sorted(found - set(range(ways))):
+        raise ValueError(
+            f'labels of a support must be from 0 to {ways - 1}, or -1: received {strange[:5]}. '
+            'Count the classes of each task from 0'
+        )
+    if absent := sorted(set(range(ways)) - found):
+        raise ValueError(
+            f'a support must have an example of each of {ways} classes; it has none of {absent}. '
+            'Draw episodes by data.Episodes, or say fewer ways'
+        )
+
+
 def _halves(batch: Any, which: str) -> tuple[Any, Array]:
     if not isinstance(batch, tuple) or len(batch) != 2:
         raise TypeError(
             f'the {which} must be a pair (inputs, labels): received {type(batch).__name__}'
         )
-    return batch
+    return batch[0], jnp.asarray(batch[1])

@@ -101,6 +101,11 @@ def _carrying(
     def ended(params: PyTree, trained: Phi, support: Any, key: Array) -> Phi:
         phi, leaves = parts(trained, 'phi', 'inner')
         shapes, whole = jax.tree.flatten(jax.eval_shape(tx.init, chosen(target, phi)))
+        if (found := [x.shape for x in leaves]) != (own := [x.shape for x in shapes]):
+            raise ValueError(
+                f'the state that this learner hands on has leaves of shapes {own}: received '
+                f'{found}. Adapt by the learner that it was trained with'
+            )
         pairs = zip(leaves, shapes, strict=True)
         state = whole.unflatten([leaf.astype(shape.dtype) for leaf, shape in pairs])
         phi, state = go(params, phi, state, support, key)
@@ -119,7 +124,16 @@ def _carrying(
 
 
 def _floating(state: Any) -> list[Array]:
-    """The leaves of a state, which have gradients. A count is exact in float32 up to 2^24."""
+    """The leaves of a state, which have gradients. A count is exact in float32 up to 2^24.
+
+    Raises:
+      TypeError: one is a key, of which there is no mean.
+    """
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+        raise TypeError(
+            'the state of an optimizer that draws cannot be handed on from task to task: there is '
+            'no mean of keys. Leave carry out, or take an inner optimizer without noise'
+        )
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
     return [x if floating(x) else x.astype(jnp.float32) for x in jax.tree.leaves(state)]
 

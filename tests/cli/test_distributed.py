@@ -15,6 +15,7 @@ from test_going import EPOCHS, rows
 
 from peftjax import checkpoint
 
+pytestmark = pytest.mark.slow
 HOME = pathlib.Path(__file__).parents[2]
 MESH = ('--mesh', 'data=2,model=2', '--batch', 4, '--processes', 2)
 
