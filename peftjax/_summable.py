@@ -39,10 +39,8 @@ def checked(adapters: Adapters, weights: Sequence[float]) -> tuple[list[Adapter]
     pairs = [_pair(number, adapter) for number, adapter in enumerate(adapters)]
     each = jnp.asarray(weights, jnp.float32)
     if not pairs or each.shape != (len(pairs),):
-        raise ValueError(
-            f'each adapter needs a weight; got {len(pairs)} adapters and weights of shape '
-            f'{each.shape}'
-        )
+        given = f'{len(each)} weights' if each.ndim == 1 else f'weights of shape {each.shape}'
+        raise ValueError(f'each adapter needs a weight; got {len(pairs)} adapters and {given}')
     if not isinstance(each, Tracer) and not jnp.isfinite(each).all():
         raise ValueError(f'weights must be finite; got {each.tolist()}')
     first = pairs[0][0]

@@ -152,6 +152,8 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate:
     informed = optax.with_extra_args_support(tx)
 
     def step(params: PyTree, state: TrainState, batch: Any) -> tuple[TrainState, Array]:
+        if not jax.tree.leaves(state.phi):
+            raise ValueError('a step trains phi; there is nothing in it')
         key = jax.random.fold_in(state.key, state.step)
         found, grads = gradient(params, state.phi, batch, key)
         loss, grads = found.mean, jax.tree.map(functools.partial(_mean, found), grads, state.phi)
@@ -266,8 +268,6 @@ def _mean(found: Loss, total: Array, like: Array) -> Array:
 
 def _finite(tree: Any) -> Array:
     """Whether all is: an optimizer may make something else of a gradient that is."""
-    if not jax.tree.leaves(tree):
-        raise ValueError('a step trains phi; there is nothing in it')
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 

@@ -220,6 +220,24 @@ def test_dare_keeps_the_mean_and_draws_from_its_key():
     np.testing.assert_allclose(one[one != 0], phi['w']['value'][one != 0] / 0.2, rtol=1e-6)
 
 
+def test_what_was_loaded_can_be_summed(tmp_path):
+    _, both = adapters('lora')
+    pj.save(tmp_path / 'one', *both[0])
+    loaded = pj.load(tmp_path / 'one')
+    peft, phi = arithmetic.cat([loaded, both[1]], [1.0, 2.0])
+    want, own = arithmetic.cat(both, [1.0, 2.0])
+    assert peft == want
+    jax.tree.map(np.testing.assert_array_equal, phi, own)
+
+
+def test_the_dtype_of_a_sum_does_not_depend_on_the_order():
+    _, both = adapters('lora')
+    half = both[0][0], jax.tree.map(lambda x: x.astype(jnp.bfloat16), both[0][1])
+    for pair in ([half, both[1]], [both[1], half]):
+        _, phi = arithmetic.cat(pair, [1.0, 1.0])
+        assert {leaf.dtype for leaf in jax.tree.leaves(phi)} == {jnp.dtype('float32')}
+
+
 @pytest.mark.parametrize('name', EVERY)
 def test_a_sum_is_saved_and_loaded(name, tmp_path):
     case, both = adapters(name)
@@ -262,6 +280,14 @@ def test_what_cannot_be_summed():
     )
     wrong('each adapter needs a weight; got 2 adapters and 1', lambda: arithmetic.cat(both, [1.0]))
     wrong('each adapter needs a weight; got 0', lambda: arithmetic.cat([], []))
+    wrong(r'2 adapters and weights of shape \(\)', lambda: arithmetic.cat(both, 1.0))
+    wrong('weights must be finite', lambda: arithmetic.cat(both, [1.0, np.nan]))
+    with pytest.raises(TypeError, match=r'received one. Give \[adapter\]'):
+        arithmetic.linear(both[0], [1.0])
+    with pytest.raises(TypeError, match=r'adapter 1 must be \(peft, phi\)'):
+        arithmetic.linear([both[0], both[0][1]], [1.0, 1.0])
+    with pytest.raises(TypeError, match='DARE drops is drawn from a key'):
+        arithmetic.dare(both, [1.0, 1.0], key=None, density=0.5)
     other = attached(pj.Lora(rank=2, target='query/kernel'))
     wrong("not the same sites of Lora: 'layers/0/down", lambda: sums(other))
     wrong('is of another model', lambda: sums(attached(EVERY['lora'], 'linen')))

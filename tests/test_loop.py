@@ -277,9 +277,50 @@ def test_wrong_calls_say_what_came(tmp_path):
         run(events=[pj.Every(0, print)])
     with pytest.raises(ValueError, match="'skip', 'stop' or 'restore': got 'ignore'"):
         run(not_finite='ignore')
+    for wrong, said in (
+        ({'batches': [1]}, 'an iterator: received list. Give iter'),
+        ({'events': pj.Every(1, print)}, 'a list of pj.Every and pj.At: received Every'),
+        ({'events': [pj.Every(2.5, print)]}, r'events\[0\].steps must be an integer'),
+        ({'events': [pj.At(3, print)]}, r'events\[0\].steps must be a set of steps: received 3'),
+        ({'events': [pj.At(iter([3]), print)]}, 'a set of steps: received <list_iterator'),
+        ({'save_every': 2.0}, 'save_every must be an integer: received 2.0'),
+    ):
+        with pytest.raises(TypeError, match=said):
+            run(**wrong)
     with checkpoints(tmp_path) as saved:
         with pytest.raises(TypeError, match='must say where they stand.*got list_iterator'):
             run(batches=iter([1]), checkpoints=saved)
+
+
+class Unkept:
+    """An iterator whose state JSON does not keep."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise AssertionError('no step is to be made')
+
+    def state(self):
+        return {'seed': np.int64(3)}
+
+    def restore(self, state):
+        raise AssertionError(state)
+
+
+def test_a_stream_whose_place_is_not_kept_is_refused_before_the_first_step(tmp_path):
+    with checkpoints(tmp_path) as saved:
+        with pytest.raises(TypeError, match=r"where Unkept stands .* 'seed' is np.int64\(3\)"):
+            run(batches=Unkept(), checkpoints=saved)
+
+
+def test_a_stack_of_states_is_refused(tmp_path):
+    state = pj.stack([fresh(), fresh()])
+    with pytest.raises(TypeError, match='fit trains one state; got a stack of 2'):
+        pj.fit(STEP, PARAMS, state, stream(), steps=3)
+    with checkpoints(tmp_path) as saved:
+        with pytest.raises(TypeError, match='a checkpoint is of one state; got a stack of 2'):
+            saved.save(state)
 
 
 def test_losses_are_fetched_in_groups_and_nothing_else_is(monkeypatch):

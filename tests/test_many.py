@@ -233,6 +233,14 @@ def test_room_is_empty_until_it_is_filled():
     jax.tree.map(np.testing.assert_array_equal, stacked, pj.stack([phis[0], phis[0], phis[2]]))
 
 
+def test_a_place_that_only_a_program_knows():
+    """Where there is none, nothing is lost."""
+    stacked, new = pj.stack([{'a': jnp.full(2, i)} for i in (0.0, 1.0)]), {'a': jnp.full(2, 5.0)}
+    swap = jax.jit(pj.swap)
+    found = {place: swap(stacked, place, new)['a'][:, 0].tolist() for place in (-1, 1, 2)}
+    assert found == {-1: [0.0, 1.0], 1: [0.0, 5.0], 2: [0.0, 1.0]}
+
+
 def wrong(message, call, kind=ValueError):
     with pytest.raises(kind, match=message):
         call()
@@ -251,6 +259,12 @@ def test_what_cannot_be_stacked():
     )
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), phi)
     wrong(r'is bfloat16\[9,2\], not float32\[9,2\]', lambda: pj.stack([phi, half]))
+    wrong('a list of trees; got one dict', lambda: pj.stack(phi), TypeError)
+    wrong('room must be an integer', lambda: pj.stack([phi], room=4.0), TypeError)
+    wrong(
+        'the containers of the first',
+        lambda: pj.stack([[jnp.zeros(2)], (jnp.zeros(2),)]),
+    )
     wrong('3 trees need room for as many; got room=2', lambda: pj.stack([phi] * 3, room=2))
     state = pj.start(TX, phi, jax.random.key(0))
     wrong('room is for arrays of floats', lambda: pj.stack([state], room=2))
@@ -263,7 +277,12 @@ def test_what_is_no_stack():
     wrong('got None at', lambda: pj.unstack({'a': jnp.zeros(())}))
     wrong('got no arrays', lambda: pj.unstack({}))
     wrong('has places 0 to 1; got 2', lambda: pj.swap(phis, 2, fresh(0)))
-    wrong('has places 0 to 1; got -1', lambda: pj.swap(phis, -1, fresh(0)))
+    for place in (-1, np.int64(-1), np.int64(2), jnp.int32(9)):
+        wrong(
+            f'has places 0 to 1; got {place}|at least 0', lambda p=place: pj.swap(phis, p, fresh(0))
+        )
+    for place in (1.0, np.float32(0.5), True):
+        wrong('a place must be an int', lambda p=place: pj.swap(phis, p, fresh(0)), TypeError)
     thick = fresh(0, attached(rank=3))
     wrong('a member of this stack .*pj.pad_ranks', lambda: pj.swap(phis, 0, thick))
     wrong('phi must be of the model', lambda: FORWARD(PARAMS, phis, X[0]))

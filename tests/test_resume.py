@@ -403,5 +403,7 @@ def test_what_json_does_not_keep_is_refused_at_once(tmp_path):
         with pytest.raises(TypeError, match=r"made of arrays; 'opt_state' is 3"):
             saved.save(fresh()._replace(opt_state=3))
         assert saved.steps() == []
+    with pytest.raises(TypeError, match=r"settings must be .* 'seed' is np.int64\(3\)"):
+        checkpoints(tmp_path / 'other', settings={'seed': np.int64(3)})
     with pytest.raises(ValueError, match='keep must be at least 1'):
         checkpoints(tmp_path, keep=0)

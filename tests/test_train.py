@@ -174,6 +174,55 @@ def test_wrong_calls_say_what_came():
         step(params, state, batch)
 
 
+@pytest.mark.parametrize(
+    ('loss', 'said'),
+    [
+        (lambda *_: (jnp.zeros(()), {}), 'must be a scalar, or a pj.Loss: received tuple'),
+        (lambda *_: 0.0, 'received float'),
+        (lambda params, phi, batch, key: phi['kernel']['a'][0], r'Array|Tracer.* of shape \(2,\)'),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss, said):
+    tx = optax.sgd(0.1)
+    params, _, state = setup(tx)
+    with pytest.raises(TypeError, match=said):
+        pj.train_step(loss, tx)(params, state, X)
+
+
+def test_there_must_be_a_phi():
+    tx = optax.sgd(0.1)
+    with pytest.raises(ValueError, match='a step trains phi; there is nothing in it'):
+        pj.train_step(lambda *_: jnp.zeros(()), tx)({}, pj.start(tx, {}, jax.random.key(0)), X)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [optax.contrib.prodigy, optax.contrib.dog, lambda: optax.contrib.mechanize(optax.sgd(0.1))],
+    ids=['prodigy', 'dog', 'mechanize'],
+)
+def test_optimizers_that_keep_phi_itself(make):
+    """Its arrays stand in the state twice, and are donated once."""
+    tx = make()
+    with jax.numpy_dtype_promotion('standard'):  # of optax
+        params, forward, state = setup(tx)
+        step, losses = pj.train_step(weighted(forward), tx), []
+        for _ in range(3):
+            state, loss = step(params, state, (X, WEIGHTS))
+            losses.append(float(loss))
+    assert losses[2] <= losses[0] and int(state.skipped) == 0
+
+
+def test_an_optimizer_is_told_the_loss():
+    told = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=1.0, accumulation_size=1)
+    tx = optax.chain(optax.sgd(1e-6), told)  # no loss is below zero, so none is better
+    with jax.numpy_dtype_promotion('standard'):  # of optax
+        params, forward, state = setup(tx)
+        step = pj.train_step(weighted(forward), tx)
+        for _ in range(4):
+            state, _ = step(params, state, (X, WEIGHTS))
+    assert float(state.opt_state[1].scale) < 1
+
+
 @pytest.mark.parametrize('accumulate', [1, 3])
 def test_the_second_step_compiles_nothing_and_theta_is_as_it_was(accumulate):
     tx, traces = pj.moving_average(optax.sgd(0.1, momentum=0.9), decay=0.9), []

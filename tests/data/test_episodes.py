@@ -115,6 +115,24 @@ def test_what_cannot_be_drawn_is_refused(how, said):
         make(**how)
 
 
+@pytest.mark.parametrize('how', [{'ways': 2.5}, {'tasks': True}, {'seed': None}, {'seed': 1.5}])
+def test_numbers_that_are_no_integers_are_refused(how):
+    with pytest.raises(TypeError, match=f'{next(iter(how))} must be an integer'):
+        make(**how)
+
+
+def test_integers_of_numpy_are_those_of_python():
+    own = {'ways': np.int64(2), 'seed': np.int32(3)}
+    made = make(**own)
+    other = make(**{name: int(number) for name, number in own.items()})
+    assert json.loads(json.dumps(made.state())) == other.state()
+    np.testing.assert_array_equal(next(made).query.inputs, next(other).query.inputs)
+    with pytest.raises(ValueError, match="the state's next must be at least 0: received -5"):
+        made.restore({**made.state(), 'next': -5})
+    with pytest.raises(ValueError, match='seed must be at least 0: received -1'):
+        make(seed=-1)
+
+
 def test_a_task_of_chosen_examples():
     support, query = episode([7, 8, 8, 9, 7, 9], support=[5, 0], query=[4, 3])
     assert support.labels.tolist() == [1, 0] and query.labels.tolist() == [0, 1]

@@ -108,6 +108,33 @@ def test_a_support_without_a_class_is_refused_or_nan_where_none_can_know():
         pj.meta.prototypes(x, labels, 4)
     found = jax.jit(pj.meta.prototypes, static_argnums=2)(x, labels, 4)
     assert jnp.isnan(found).all(-1).tolist() == [False, True, False, True]
+    net = pj.meta.prototypical(embed, ways=4)
+    with pytest.raises(ValueError, match=r'each of 4 classes; it has none of \[1, 3\]'):
+        net.adapt(PARAMS, PHI, (small.drawn(2, 3, 4), np.array([0, 2, 2])), KEY)
+
+
+def test_a_label_that_is_none_is_refused_or_nan_where_none_can_know():
+    x, labels = jnp.ones((4, 2)), jnp.array([0, 1, 2, -2])
+    for ways in (2, 3):
+        with pytest.raises(ValueError, match=rf'from 0 to {ways - 1}, or -1: received \[-2'):
+            pj.meta.prototypes(x, labels, ways)
+        found = jax.jit(pj.meta.prototypes, static_argnums=2)(x, labels, ways)
+        assert jnp.isnan(found).all()
+
+
+def test_rows_of_a_query_that_only_fill_up_do_not_count():
+    net, few = pj.meta.prototypical(embed, ways=3), jnp.tile(jnp.arange(3), 2)
+    x, labels = small.drawn(2, 6, 4), jnp.array([0, 1, 2, 0, 1, -1])
+    one = lambda *own: tuple(leaf[None] for leaf in own)
+    loss = lambda x, labels: net.loss(
+        PARAMS, PHI, (one(small.drawn(3, 6, 4), few), one(x, labels)), KEY
+    )
+    np.testing.assert_allclose(loss(x, labels), loss(x[:5], labels[:5]), rtol=1e-6)
+    assert jnp.isnan(loss(x, labels.at[0].set(3))) and jnp.isnan(loss(x, labels.at[0].set(-2)))
+    with pytest.raises(ValueError, match=r'labels of a query .* int32 of shape \(1,\) for 6 rows'):
+        loss(x, labels[:1])
+    with pytest.raises(ValueError, match=r'labels of a query .* float32 of shape'):
+        loss(x, labels.astype(jnp.float32))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,15 @@ def test_a_state_is_not_handed_on_for_what_only_a_task_has():
         )
 
 
+def test_a_state_of_another_learner_or_of_one_that_draws_is_refused():
+    loss, phi = (lambda *_: jnp.zeros(())), {'a': jnp.ones(1)}
+    of = lambda tx: pj.meta.reptile(loss, tx, steps=2, carry=True)
+    with pytest.raises(ValueError, match=r'leaves of shapes .*: received \[\]'):
+        of(optax.adam(0.1)).adapt({}, of(optax.sgd(0.1)).init(phi), jnp.ones(2), KEY)
+    with pytest.raises(TypeError, match='no mean of keys'):
+        of(optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1))).init(phi)
+
+
 def test_one_step_is_refused():
     with pytest.raises(ValueError, match='at least 2 steps: received 1. After one'):
         pj.meta.reptile(lambda params, phi, batch, key: 0.0, optax.sgd(0.1), steps=1)
