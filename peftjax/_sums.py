@@ -1,8 +1,9 @@
 """One adapter of several: each part of their methods is summed in its own way."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ def _pairs(
         a, b = join(site.path, pairs, weights, own)
         a = a.reshape(*outer, *site.sizes(site.inputs), -1)
         b = b.reshape(*outer, a.shape[-1], *site.sizes(site.outputs))
-        dtype = jnp.result_type(*(phi[site.path]['a'].dtype for _, phi in mine))
+        dtype = _widest(phi[site.path]['a'].dtype for _, phi in mine)
         found[site.path] = {'a': a.astype(dtype), 'b': b.astype(dtype)}
     return found
 
@@ -100,9 +101,15 @@ def _changes(
             layers = _Layers.of(start, part.axes(site)[name], site)
             changes = [layers.apart(float32(phi[site.path][name]) - start) for _, phi in mine]
             whole = start + layers.together(mixing(changes, weights, own))
-            dtype = jnp.result_type(*(phi[site.path][name].dtype for _, phi in mine))
+            dtype = _widest(phi[site.path][name].dtype for _, phi in mine)
             found[site.path][name] = whole.astype(dtype)
     return found
+
+
+def _widest(dtypes: Iterable[Any]) -> Any:
+    """The dtype that holds all: the order of adapters is not to say it."""
+    with jax.numpy_dtype_promotion('standard'):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,14 +276,26 @@ def test_a_place_that_is_not_there_shows():
     assert jnp.isfinite(out).all(axis=(1, 2)).tolist() == [True, False, False, True]
 
 
+def test_a_narrow_index_counts_a_large_stack():
+    params, x = {'w': jnp.eye(3)}, jnp.ones((4, 3))
+    model = lambda params, x: x @ params['w']
+    peft = pj.attach(pj.Ia3(target='w'), model, params, x)
+    phis = {'w': {'l': jnp.tile(jnp.arange(300.0)[:, None], (1, 3))}}
+    index = jnp.array([0, 100, 127, -1], jnp.int8)
+    out = pj.mixed(peft, model)(params, pj.Rows(phis, index), x)
+    np.testing.assert_array_equal(out[:, 0], [0, 100, 127, np.nan])
+
+
 def test_what_is_no_mixed_batch():
     case, peft, inputs, phis, _ = bank('lora_all', 'plain')
     rows, params = pj.Rows(pj.stack(phis), INDEX), case.params
     forward = pj.mixed(peft, case.fn)
     wrong('of 3 rows .*argument 0 has shape \\(4, 5\\)',
           lambda: forward(params, rows._replace(index=INDEX[:3]), inputs))  # fmt: skip
-    wrong('index .* is int \\(rows,\\); got float32',
+    wrong('index .* is an array of int, \\(rows,\\); got float32',
           lambda: forward(params, rows._replace(index=jnp.ones(4)), inputs), TypeError)  # fmt: skip
+    wrong('index .* is an array of int, \\(rows,\\); got list',
+          lambda: forward(params, rows._replace(index=[0, 1, 2, 0]), inputs), TypeError)  # fmt: skip
     wrong('got int32 of shape \\(1, 4\\)',
           lambda: forward(params, rows._replace(index=INDEX[None]), inputs), TypeError)  # fmt: skip
     other = pj.stack([{'x': {'a': jnp.ones(2)}}])

@@ -199,9 +199,14 @@ def step_count(examples: int, settings: Settings) -> int:
 
 
 def schedule(settings: Settings, rate: float, steps: int) -> optax.Schedule:
-    """The learning rate at each step: it rises, then falls to zero."""
-    rise = max(1, round(settings.warmup * steps))
+    """The learning rate at each step: it rises from zero, then falls to zero.
+
+    Few steps have no rise: the first of them would be made at a rate of zero.
+    """
+    rise = round(settings.warmup * steps)
     fall = optax.linear_schedule(rate, 0.0, max(1, steps - rise))
+    if rise == 0:
+        return fall
     return optax.join_schedules([optax.linear_schedule(0.0, rate, rise), fall], [rise])
 
 
