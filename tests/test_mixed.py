@@ -295,7 +295,7 @@ def test_what_is_no_mixed_batch():
     wrong('index .* is an array of int, \\(rows,\\); got float32',
           lambda: forward(params, rows._replace(index=jnp.ones(4)), inputs), TypeError)  # fmt: skip
     wrong('index .* is an array of int, \\(rows,\\); got list',
-          lambda: forward(params, rows._replace(index=[0, 1, 2, 0]), inputs), TypeError)  # fmt: skip
+          lambda: forward(params, rows._replace(index=[0] * 4), inputs), TypeError)  # fmt: skip
     wrong('got int32 of shape \\(1, 4\\)',
           lambda: forward(params, rows._replace(index=INDEX[None]), inputs), TypeError)  # fmt: skip
     other = pj.stack([{'x': {'a': jnp.ones(2)}}])
