@@ -186,6 +186,8 @@ class Frame:
         with eqn.ctx.manager:
             if call is not None:
                 outs = call(self, eqn)
+            elif not eqn.outvars:
+                outs = self._look(eqn)
             else:
                 outs = self._move(eqn) or self._add_bias(eqn) or self._use(eqn)
                 outs = outs or self._as_arrays(eqn)
@@ -197,6 +199,13 @@ class Frame:
         values = [self.settle(v) for v in eqn.invars]
         outs = _jaxprs.bind(eqn, [self._operand(value, eqn) for value in values])
         return [self._name(eqn.outvars[0], outs[0])] if name == 'name' else outs
+
+    def _look(self, eqn: Any) -> Sequence[Any]:
+        """What is called for its effect alone, to print or to log, uses no leaf; all waits on."""
+        values = [settled(self.read(v)) for v in eqn.invars]
+        if self.ctx.recorder is not None:
+            return _jaxprs.bind(eqn, [_bottom(value) for value in values])
+        return _jaxprs.bind(eqn, [self.array(v, f'enters {eqn.primitive.name}') for v in values])
 
     def _operand(self, value: Any, eqn: Any) -> Any:
         """An operand of an equation that only knows arrays."""
