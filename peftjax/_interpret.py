@@ -4,7 +4,6 @@ Equations that no stand-in enters are run as they are, many at a time.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,13 +81,6 @@ def _bottom(value: Any) -> Any:
 def _from_below(view: Any) -> list[StandIn]:
     """A stand-in and those below it, the lowest first."""
     return [*_from_below(view.w), view] if isinstance(view, StandIn) else []
-
-
-def _same_size(at: At, bias: StandIn) -> bool:
-    """Whether a leaf has one number for each output of a use."""
-    made = (at.view.shape[d] for d in (*at.use.batch, *at.use.free))
-    own = (n for n, label in zip(bias.shape, bias.dims, strict=True) if label)
-    return math.prod(own) == math.prod(made)
 
 
 class Frame:
@@ -246,6 +238,8 @@ class Frame:
             return None
         if name == 'split':
             return self._split(eqn, first)
+        if name == 'slice' and isinstance(first.rule, Recorder):
+            first = first.rule.cut(first, eqn.params['start_indices'], eqn.params['limit_indices'])
         layout = _equations.layout(name, eqn.params, first.dims, first.shape, index)
         moved = layout and first.move(layout, lambda w: _jaxprs.bind(eqn, [w, *index])[0])
         return moved and [self.solid(first, moved, f'enters {name}')]
@@ -262,7 +256,7 @@ class Frame:
             return None
         other = self.settle(var)
         (w,) = _jaxprs.bind(eqn, [view.w, other] if i == 0 else [other, view.w])
-        return [dataclasses.replace(view, w=w, rule=view.rule.within(f'enters {name}'))]
+        return [dataclasses.replace(view, w=w, rule=view.rule.shifted(f'enters {name}'))]
 
     def _split(self, eqn: Any, view: StandIn) -> Sequence[Any] | None:
         parts = []
@@ -284,9 +278,9 @@ class Frame:
         }:
             return None
         if isinstance(right.rule, Recorder):
-            if not any(_same_size(at, right) for at, _, _ in left.steps):
+            if not right.rule.owned(right, left):
                 return None
-            right.rule.bias(right, left.value.shape)
+            right.rule.bias(right, left)
         (value,) = _jaxprs.bind(eqn, [left.value, right.dense()])
         return [dataclasses.replace(left, value=value, bias=(*left.bias, right))]
 
