@@ -252,6 +252,32 @@ def test_what_is_called_for_its_effect_alone_changes_nothing(look, method):
     close(peft.wrap(model)(params, phi, x), silent(peft.merge(params, phi), x), 1e-5)
 
 
+# What is rounded ----------------------------------------------------------------------------------
+
+
+ROUNDED = {
+    'output': lambda p, x: (10 * x @ p['w']).astype(jnp.int32).astype(jnp.float32),
+    'weight': lambda p, x: x @ (10 * p['w']).astype(jnp.int32).astype(jnp.float32),
+    'weight alone': lambda p, x: x @ p['w'].astype(jnp.int32).astype(jnp.float32),
+    'bias': lambda p, x: x @ p['w'] + p['b'].astype(jnp.int32).astype(jnp.float32)[None],
+}
+
+
+@pytest.mark.parametrize(
+    ('method', 'name'),
+    [
+        *((pj.Lora(rank=2, target='w'), name) for name in ROUNDED),
+        *((pj.Ia3(target='w'), name) for name in ('output', 'bias')),
+    ],
+)
+def test_what_is_cast_to_integers_is_adapted_before(method, name):
+    model, x = ROUNDED[name], randomized(jnp.zeros((5, 4)))
+    params = {'w': 3 * randomized(jnp.zeros((4, 4))), 'b': jnp.array([1.6, -2.7, 0.3, 5.5])}
+    peft = pj.attach(method, model, params, x)
+    phi = randomized(peft.init(jax.random.key(0), params))
+    close(peft.wrap(model)(params, phi, x), model(peft.merge(params, phi), x), 1e-5)
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
