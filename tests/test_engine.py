@@ -278,6 +278,25 @@ def test_what_is_cast_to_integers_is_adapted_before(method, name):
     close(peft.wrap(model)(params, phi, x), model(peft.merge(params, phi), x), 1e-5)
 
 
+# What is empty ------------------------------------------------------------------------------------
+
+
+EMPTY = [pj.Lora(rank=2, target='w'), pj.Dora(rank=2, target='w'), pj.Ia3(target='w')]
+EMPTY += [pj.Adapter(target='w', reduction=2)]
+
+
+@pytest.mark.parametrize('method', EMPTY, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize('name', ['plain', 'conv_nhwc', 'conv_grouped'])
+def test_an_empty_batch_yields_one(name, method):
+    case = APPLIES[name]
+    peft = pj.attach(method, case.fn, case.params, *case.args)
+    phi = peft.init(jax.random.key(0), case.params)
+    rest = [jnp.zeros((0, *case.x.shape[1:])), *case.args[1:]]
+    forward = peft.wrap(case.fn)
+    wanted = jax.eval_shape(case.fn, case.params, *rest)
+    assert jax.eval_shape(forward, case.params, phi, *rest) == wanted
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
