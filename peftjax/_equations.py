@@ -6,6 +6,8 @@ Only names and parameters of primitives are read here; nothing is evaluated.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from peftjax import _layout, _uses
 from peftjax._layout import Labels, Layout
 from peftjax._types import Array
@@ -40,6 +42,8 @@ def layout(
       The operation, or `None` if it is not one of layout.
     """
     match name:
+        case 'convert_element_type' if not _inexact(params):
+            return None
         case _ if name in KEEPS and not index:
             return _layout.same(dims)
         case 'reshard' | 'mesh_cast':
@@ -61,6 +65,11 @@ def layout(
     return None
 
 
+def _inexact(params: Any) -> bool:
+    """Whether a cast keeps fractions: what is adapted after one that does not, is not the same."""
+    return jnp.issubdtype(params['new_dtype'], jnp.inexact)
+
+
 def split(params: Any, dims: Labels, shape: Sequence[int]) -> list[Layout]:
     """The slices that a `split` cuts."""
     axis, start, cuts = params['axis'], 0, []
@@ -77,7 +86,7 @@ def back_and_forth(
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]] | None:
     """An operation on an output that can be undone: how to undo it, and how to do it again."""
     match name:
-        case 'convert_element_type':
+        case 'convert_element_type' if _inexact(params):
             return lambda y: y, lambda y: y
         case 'transpose':
             order = params['permutation']

@@ -4,7 +4,6 @@ Equations that no stand-in enters are run as they are, many at a time.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,13 +81,6 @@ def _bottom(value: Any) -> Any:
 def _from_below(view: Any) -> list[StandIn]:
     """A stand-in and those below it, the lowest first."""
     return [*_from_below(view.w), view] if isinstance(view, StandIn) else []
-
-
-def _same_size(at: At, bias: StandIn) -> bool:
-    """Whether a leaf has one number for each output of a use."""
-    made = (at.view.shape[d] for d in (*at.use.batch, *at.use.free))
-    own = (n for n, label in zip(bias.shape, bias.dims, strict=True) if label)
-    return math.prod(own) == math.prod(made)
 
 
 class Frame:
@@ -186,6 +178,8 @@ class Frame:
         with eqn.ctx.manager:
             if call is not None:
                 outs = call(self, eqn)
+            elif not eqn.outvars:
+                outs = self._look(eqn)
             else:
                 outs = self._move(eqn) or self._add_bias(eqn) or self._use(eqn)
                 outs = outs or self._as_arrays(eqn)
@@ -197,6 +191,13 @@ class Frame:
         values = [self.settle(v) for v in eqn.invars]
         outs = _jaxprs.bind(eqn, [self._operand(value, eqn) for value in values])
         return [self._name(eqn.outvars[0], outs[0])] if name == 'name' else outs
+
+    def _look(self, eqn: Any) -> Sequence[Any]:
+        """What is called for its effect alone, to print or to log, uses no leaf; all waits on."""
+        values = [settled(self.read(v)) for v in eqn.invars]
+        if self.ctx.recorder is not None:
+            return _jaxprs.bind(eqn, [_bottom(value) for value in values])
+        return _jaxprs.bind(eqn, [self.array(v, f'enters {eqn.primitive.name}') for v in values])
 
     def _operand(self, value: Any, eqn: Any) -> Any:
         """An operand of an equation that only knows arrays."""
@@ -237,6 +238,8 @@ class Frame:
             return None
         if name == 'split':
             return self._split(eqn, first)
+        if name == 'slice' and isinstance(first.rule, Recorder):
+            first = first.rule.cut(first, eqn.params['start_indices'], eqn.params['limit_indices'])
         layout = _equations.layout(name, eqn.params, first.dims, first.shape, index)
         moved = layout and first.move(layout, lambda w: _jaxprs.bind(eqn, [w, *index])[0])
         return moved and [self.solid(first, moved, f'enters {name}')]
@@ -253,7 +256,7 @@ class Frame:
             return None
         other = self.settle(var)
         (w,) = _jaxprs.bind(eqn, [view.w, other] if i == 0 else [other, view.w])
-        return [dataclasses.replace(view, w=w, rule=view.rule.within(f'enters {name}'))]
+        return [dataclasses.replace(view, w=w, rule=view.rule.shifted(f'enters {name}'))]
 
     def _split(self, eqn: Any, view: StandIn) -> Sequence[Any] | None:
         parts = []
@@ -275,9 +278,9 @@ class Frame:
         }:
             return None
         if isinstance(right.rule, Recorder):
-            if not any(_same_size(at, right) for at, _, _ in left.steps):
+            if not right.rule.owned(right, left):
                 return None
-            right.rule.bias(right, left.value.shape)
+            right.rule.bias(right, left)
         (value,) = _jaxprs.bind(eqn, [left.value, right.dense()])
         return [dataclasses.replace(left, value=value, bias=(*left.bias, right))]
 

@@ -1,13 +1,15 @@
 """Notes how leaves are used while an apply function is traced."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
 
 from peftjax._method import At, Rule
+from peftjax._own_bias import owns
+from peftjax._pending import Pending
 from peftjax._sites import Site
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path
@@ -24,6 +26,9 @@ class Recorder(Rule):
       leaves: their shapes and dtypes, by path.
       sites: what was found, in order.
       opaque: why nothing that is noted may take the efficient path, else empty.
+      users: for each leaf, the layers whose bias it is; an empty path for any other use.
+      taken: the axes along which one layer of the leaf was cut out at a fixed place, and where.
+      changed: whether numbers were added to the leaf, or multiplied with it, on its way.
     """
 
     deferred = True
@@ -31,10 +36,24 @@ class Recorder(Rule):
     leaves: dict[Path, jax.ShapeDtypeStruct]
     sites: dict[Site, None] = dataclasses.field(default_factory=dict)
     opaque: str = ''
+    users: dict[Path, set[Path]] = dataclasses.field(default_factory=lambda: defaultdict(set))
+    taken: tuple[tuple[int, int], ...] = ()
+    changed: bool = False
 
     def within(self, opaque: str) -> 'Recorder':
         """Notes the same sites, where the efficient path is closed."""
         return dataclasses.replace(self, opaque=self.opaque or opaque)
+
+    def shifted(self, opaque: str) -> 'Recorder':
+        """Notes uses of what was made of a leaf and a number as uses of the leaf."""
+        return dataclasses.replace(self.within(opaque), changed=True)
+
+    def cut(self, view: StandIn, start: Sequence[int], limit: Sequence[int]) -> StandIn:
+        """Keeps in mind which layer of a leaf is cut out."""
+        cuts = zip(view.dims, start, limit, view.shape, strict=True)
+        taken = {min(label): a for label, a, b, n in cuts if label and b - a == 1 < n}
+        rule = dataclasses.replace(self, taken=(*self.taken, *taken.items()))
+        return dataclasses.replace(view, rule=rule)
 
     def post(self, at: At, x: Array, y: Array) -> Array:
         """Notes a use."""
@@ -58,9 +77,16 @@ class Recorder(Rule):
         self._note(view, ELEMENTWISE[primitive], (), range(len(view.dims)), (), output, '')
         return True
 
-    def bias(self, view: StandIn, output: tuple[int, ...]) -> None:
+    def owned(self, view: StandIn, output: Pending) -> bool:
+        """Whether a leaf that is added to an output is the bias of its layer, as it stands."""
+        taken = lambda one: dict(one.rule.taken)
+        return not self.changed and owns(output, view, self.leaves, taken)
+
+    def bias(self, view: StandIn, output: Pending) -> None:
         """Notes a leaf that is added to the output of its own layer."""
-        self._note(view, 'bias', (), range(len(view.dims)), (), output, '')
+        owners = {at.view.path for at, _, _ in output.steps}
+        shape = output.value.shape
+        self._note(view, 'bias', (), range(len(view.dims)), (), shape, '', owners)
 
     def elsewhere(self, view: StandIn, why: str, output: tuple[int, ...]) -> None:
         """Notes that only the dense leaf will do."""
@@ -100,7 +126,9 @@ class Recorder(Rule):
         bias: tuple[StandIn, ...],
         output: tuple[int, ...],
         why: str,
+        users: Set[Path] = frozenset(('',)),
     ) -> None:
+        self.users[view.path] |= users
         leaf = self.leaves[view.path]
         shape = tuple(leaf.shape)
         rank = len(shape)
@@ -150,6 +178,13 @@ def distinct(recorder: Recorder) -> tuple[Site, ...]:
         )
     uses = Counter(site.path for site in found.values())
     order = {path: i for i, path in enumerate(recorder.leaves)}
-    sites = [dataclasses.replace(s, shared=uses[s.path] > 1) for s in found.values()]
+    sites = [
+        dataclasses.replace(
+            s,
+            shared=uses[s.path] > 1,
+            bias_shared=tuple(path for path in s.bias if recorder.users[path] != {s.path}),
+        )
+        for s in found.values()
+    ]
     # of several uses of a leaf the first counts: one that tells the meaning of its axes
     return tuple(sorted(sites, key=lambda s: (order.get(s.path, len(order)), bool(s.dense))))

@@ -26,6 +26,7 @@ class Site:
       outputs: the axes produced.
       bias: paths of the leaves of the same module that are added to the output.
       bias_axes: for each of them its axes, those of stacked layers first.
+      bias_shared: those among them that have other uses than this.
       output: shape of the output in the traced call, for one layer.
       dense: why the efficient path cannot be taken, else empty.
       shared: whether the leaf has other uses than this one.
@@ -42,6 +43,7 @@ class Site:
     outputs: tuple[int, ...] = ()
     bias: tuple[Path, ...] = ()
     bias_axes: tuple[tuple[int, ...], ...] = ()
+    bias_shared: tuple[Path, ...] = ()
     output: tuple[int, ...] = ()
     dense: str = ''
     shared: bool = False

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from applies import APPLIES, Case
+from jax.experimental import io_callback
 from quick import jit
 
 import peftjax as pj
@@ -214,6 +215,86 @@ def test_jvp_and_grad_of_grad_are_those_through_the_merge(name: str):
     ours, merged = derivatives(at.phi, along, at.case.params, at.case.x)
     for one in ours:
         close(one, merged, 10 * at.case.tolerance)
+
+
+# What only looks on -------------------------------------------------------------------------------
+
+
+SEEN = []
+
+LOOKS = {
+    'print': lambda value: jax.debug.print('{}', value),
+    'callback': lambda value: jax.debug.callback(SEEN.append, value),
+    'io_callback': lambda value: io_callback(SEEN.append, None, value),
+    'ordered': lambda value: io_callback(SEEN.append, None, value, ordered=True),
+}
+
+
+@pytest.mark.parametrize('method', [pj.Lora(rank=2, target='w'), pj.Ia3(target='w')])
+@pytest.mark.parametrize('look', LOOKS.values(), ids=list(LOOKS))
+def test_what_is_called_for_its_effect_alone_changes_nothing(look, method):
+    def model(params, x, look=look):
+        def layer(x, one):
+            y = x @ one['w']
+            look(y)
+            look(one['w'])
+            return y + one['b'][None], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    shapes = {'w': (3, 4, 4), 'b': (3, 4)}
+    params = randomized({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    x = jnp.ones((2, 4))
+    peft = pj.attach(method, model, params, x)
+    silent = lambda params, x: model(params, x, lambda value: None)
+    assert peft.sites == pj.attach(method, silent, params, x).sites
+    phi = randomized(peft.init(jax.random.key(0), params))
+    close(peft.wrap(model)(params, phi, x), silent(peft.merge(params, phi), x), 1e-5)
+
+
+# What is rounded ----------------------------------------------------------------------------------
+
+
+ROUNDED = {
+    'output': lambda p, x: (10 * x @ p['w']).astype(jnp.int32).astype(jnp.float32),
+    'weight': lambda p, x: x @ (10 * p['w']).astype(jnp.int32).astype(jnp.float32),
+    'weight alone': lambda p, x: x @ p['w'].astype(jnp.int32).astype(jnp.float32),
+    'bias': lambda p, x: x @ p['w'] + p['b'].astype(jnp.int32).astype(jnp.float32)[None],
+}
+
+
+@pytest.mark.parametrize(
+    ('method', 'name'),
+    [
+        *((pj.Lora(rank=2, target='w'), name) for name in ROUNDED),
+        *((pj.Ia3(target='w'), name) for name in ('output', 'bias')),
+    ],
+)
+def test_what_is_cast_to_integers_is_adapted_before(method, name):
+    model, x = ROUNDED[name], randomized(jnp.zeros((5, 4)))
+    params = {'w': 3 * randomized(jnp.zeros((4, 4))), 'b': jnp.array([1.6, -2.7, 0.3, 5.5])}
+    peft = pj.attach(method, model, params, x)
+    phi = randomized(peft.init(jax.random.key(0), params))
+    close(peft.wrap(model)(params, phi, x), model(peft.merge(params, phi), x), 1e-5)
+
+
+# What is empty ------------------------------------------------------------------------------------
+
+
+EMPTY = [pj.Lora(rank=2, target='w'), pj.Dora(rank=2, target='w'), pj.Ia3(target='w')]
+EMPTY += [pj.Adapter(target='w', reduction=2)]
+
+
+@pytest.mark.parametrize('method', EMPTY, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize('name', ['plain', 'conv_nhwc', 'conv_grouped'])
+def test_an_empty_batch_yields_one(name, method):
+    case = APPLIES[name]
+    peft = pj.attach(method, case.fn, case.params, *case.args)
+    phi = peft.init(jax.random.key(0), case.params)
+    rest = [jnp.zeros((0, *case.x.shape[1:])), *case.args[1:]]
+    forward = peft.wrap(case.fn)
+    wanted = jax.eval_shape(case.fn, case.params, *rest)
+    assert jax.eval_shape(forward, case.params, phi, *rest) == wanted
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -90,6 +90,10 @@ class Use(abc.ABC):
     def outputs(self, y: Array) -> tuple[int, ...]:
         """The dimensions of `y` that the weight produced."""
 
+    def places(self, y: Array) -> tuple[int, ...]:
+        """The dimensions of `y` along which the batch and free dimensions of the weight lie."""
+        return (*range(len(self.batch)), *self.outputs(y))
+
     def spread(self, h: Array, y: Array) -> Array:
         """A hidden tensor of rank one, ready to broadcast against `y`."""
         return jnp.expand_dims(jnp.squeeze(h, -1), self.outputs(y))

@@ -67,11 +67,12 @@ class Conv(Use):
         """
         (out,) = self.free
         w = pick(f, (None, out), self._rank)
-        w = jnp.reshape(w, (w.shape[0], groups, -1))
+        rank, made = w.shape  # sizes are told: an empty batch leaves none to be found
+        w = jnp.reshape(w, (rank, groups, made // groups))
         h = jnp.moveaxis(h, self.feature, -1)
-        h = jnp.reshape(h, (*h.shape[:-1], groups, -1))
+        h = jnp.reshape(h, (*h.shape[:-1], groups, rank))
         y = jnp.einsum('...gr,rgo->...go', h, w)
-        return jnp.moveaxis(jnp.reshape(y, (*y.shape[:-2], -1)), -1, self.feature)
+        return jnp.moveaxis(jnp.reshape(y, (*y.shape[:-2], made)), -1, self.feature)
 
     def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""

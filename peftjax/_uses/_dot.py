@@ -91,7 +91,7 @@ class Dot(Use):
     def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         w = pick(f, (*self.batch, *self.free), self._rank)
-        return align(w, (*range(len(self.batch)), *self.outputs(y)), y.ndim)
+        return align(w, self.places(y), y.ndim)
 
     def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""

@@ -93,7 +93,7 @@ class Gather(Use):
     def on_output(self, y: Array, f: Factor) -> Array:
         """See `Use`."""
         w = pick(f, (*self.batch, *self.free), self._rank)
-        return align(w, (*self.paired, *self.offset), y.ndim)
+        return align(w, self.places(y), y.ndim)
 
     def on_input(self, x: Array, f: Factor) -> Array:
         """See `Use`."""
@@ -107,3 +107,7 @@ class Gather(Use):
     def outputs(self, y: Array) -> tuple[int, ...]:
         """See `Use`."""
         return self.offset
+
+    def places(self, y: Array) -> tuple[int, ...]:
+        """See `Use`."""
+        return (*self.paired, *self.outputs(y))

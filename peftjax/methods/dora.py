@@ -85,8 +85,9 @@ class Decomposed(Rule):
     direction: LowRank
 
     def fits(self, at: At) -> bool:
-        """As the low-rank product."""
-        return self.direction.fits(at)
+        """As the low-rank product; the gain lies along the output, or an input to scale."""
+        index = at.use.kind == 'embedding'
+        return self.direction.fits(at) and (at.produced('gain') or not index)
 
     def pre(self, at: At, x: Array) -> Array:
         """In a transposed use (a tied head) the gain lies along the input."""

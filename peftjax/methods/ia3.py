@@ -30,7 +30,7 @@ class Ia3(Method):
 
     Raises:
       ValueError: from `attach`, a target finds nothing, or a convolution's input is to be scaled;
-        from `merge`, a leaf is also used elsewhere.
+        from `merge`, a leaf or its bias is also used elsewhere.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -98,6 +98,12 @@ class Ia3(Method):
         scaled = leaves[site.path] * place(scale, self._axes(site), site.rank)
         if self.feeds(site):
             return {site.path: scaled}
+        if site.bias_shared:
+            raise ValueError(
+                f'{site.bias_shared[0]!r}, the bias of {site.path!r}, is used by something else, '
+                'too: scaling it with its layer would change that. Keep phi, or leave the layer '
+                'out of the target'
+            )
         biases = zip(site.bias, site.bias_axes, strict=True)
         return {site.path: scaled, **{p: _along(leaves[p], scale, axes) for p, axes in biases}}
 

@@ -74,6 +74,15 @@ def test_a_tied_table_is_decomposed_for_both_uses():
     )
 
 
+def test_a_tied_table_may_be_a_head_first():
+    params, x = {'w': normal(1, 9, 4)}, normal(2, 5, 4)
+    fn = lambda p, x: p['w'][(x @ p['w'].T).argmax(-1)]
+    peft = pj.attach(pj.Dora(rank=2, target='w'), fn, params, x)
+    phi = {'w': {'a': normal(3, 4, 2), 'b': normal(4, 2, 9), 'm': normal(5, 9)}}
+    wanted = fn(peft.merge(params, phi), x)
+    np.testing.assert_allclose(peft.wrap(fn)(params, phi, x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_an_output_without_weights_stays_finite():
     w = W.at[:, 1].set(0)
     peft = pj.attach(pj.Dora(rank=2, target='w'), linear, {'w': w}, X)

@@ -85,6 +85,94 @@ def test_the_bias_of_heads_may_be_flat():
     np.testing.assert_allclose(fn(peft.merge(params, phi), X), wanted, atol=1e-5)
 
 
+SQUARE = {
+    'w': normal(1, 4, 4),
+    'v': normal(2, 4, 4),
+    'b': normal(3, 4),
+    'two': normal(4, 8),
+    'deep': normal(5, 2, 4, 4),
+    'biases': normal(6, 2, 4),
+    'heads': normal(7, 4, 4, 4),
+    'table': normal(8, 4, 4),
+    'long': normal(9, 16),
+    'kernel': normal(10, 4, 4, 1, 1),
+}
+ORDER = jnp.array([1, 0, 3, 2])
+
+
+def half(params, i):
+    return params['two'][4 * i : 4 * i + 4][None]
+
+
+def heads(params, x, out):
+    return jnp.einsum(f'td,dhk->{out}', x, params['heads'])
+
+
+def convolved(params, x):
+    return jax.lax.conv(x[None, :, :, None], params['kernel'], (1, 1), 'SAME')
+
+
+def stacked(params, x):
+    layer = lambda x, w: (jnp.tanh(x @ w + params['b'][None]), None)
+    return jax.lax.scan(layer, x, params['deep'])[0]
+
+
+UNLIKE = {
+    'elsewhere': lambda p, x: jnp.tanh(x @ p['w'] + p['b'][None]) * p['b'][None],
+    'subtracted': lambda p, x: (x @ p['w'] + p['b'][None]) + (x @ p['w'] - p['b'][None]),
+    'in two layers': lambda p, x: jnp.tanh(x @ p['w'] + p['b'][None]) @ p['v'] + p['b'][None],
+    'across': lambda p, x: (x @ p['w'] + p['b'][None]) + (x @ p['v'] + p['b'][:, None]),
+    'scaled': lambda p, x: x @ p['w'] + 2 * p['b'][None],
+    'shifted': lambda p, x: x @ p['w'] + (1 + p['b'][None]),
+    'divided': lambda p, x: x @ p['w'] + p['b'][None] / 3,
+    'a column': lambda p, x: x @ p['w'] + p['b'][:, None],
+    'permuted': lambda p, x: x @ p['w'] + p['b'][ORDER][None],
+    'in parts': lambda p, x: jnp.tanh(x @ p['w'] + half(p, 0)) @ p['v'] + half(p, 1),
+    'of another layer': lambda p, x: x @ p['deep'][0] + p['biases'][1][None],
+    'of all layers': stacked,
+    'the wrong way round': lambda p, x: heads(p, x, 'tkh') + p['table'][None],
+    'along mixed outputs': lambda p, x: heads(p, x[:1], 'tkh').reshape(16) + p['long'],
+}
+LIKE = {
+    'a column': lambda p, x: p['w'] @ x + p['b'][:, None],
+    'vmapped': lambda p, x: jax.vmap(lambda x: p['w'] @ x + p['b'])(x),
+    'of heads': lambda p, x: heads(p, x, 'thk') + p['table'][None],
+    'transposed': lambda p, x: heads(p, x, 'thk') + p['table'].T[None],
+    'twice': lambda p, x: x @ p['w'] + p['b'][None] + p['b'][None],
+    'layer by layer': lambda p, x: (
+        jnp.tanh(x @ p['deep'][0] + p['biases'][0][None]) @ p['deep'][1] + p['biases'][1][None]
+    ),
+    'of a convolution': lambda p, x: convolved(p, x) + p['b'][None, :, None, None],
+}
+
+
+def scaled(fn):
+    """The plan of a function of a square matrix, and what its merge and its forward yield."""
+    x = normal(11, 4, 4)
+    peft = pj.attach(pj.Ia3(target='^(w|v|deep|heads|kernel)$'), fn, SQUARE, x)
+    fresh = peft.init(jax.random.key(0), SQUARE)
+    phi = {path: {'l': normal(i, *f['l'].shape)} for i, (path, f) in enumerate(fresh.items())}
+    return peft, lambda: fn(peft.merge(SQUARE, phi), x), peft.wrap(fn)(SQUARE, phi, x)
+
+
+@pytest.mark.parametrize('fn', UNLIKE.values(), ids=list(UNLIKE))
+def test_what_is_no_bias_of_one_layer_alone_is_not_scaled_with_it(fn):
+    peft, merged, forward = scaled(fn)
+    if any(site.bias_shared for site in peft.sites[0]):
+        with pytest.raises(ValueError, match="'b', the bias of '[wv]', is used by something else"):
+            merged()
+    else:
+        assert not any(site.bias for site in peft.sites[0])
+        np.testing.assert_allclose(merged(), forward, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('fn', LIKE.values(), ids=list(LIKE))
+def test_a_bias_is_known_however_it_lies(fn):
+    peft, merged, forward = scaled(fn)
+    assert all(site.bias and not site.bias_shared for site in peft.sites[0])
+    np.testing.assert_allclose(merged(), forward, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_adapted():
     with pytest.raises(ValueError, match="no site of target matches feedforward='down'"):
         pj.attach(pj.Ia3(target='kernel', feedforward='down'), dense, PARAMS, X)
