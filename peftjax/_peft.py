@@ -18,7 +18,7 @@ from peftjax._method import Method, float32
 from peftjax._pending import Companion
 from peftjax._quantized import Arrays, is_quantized
 from peftjax._shapes import Shape, differences, shapes_of
-from peftjax._sites import Site, table
+from peftjax._sites import Site, table, trainable
 from peftjax._standin import StandIn, bare
 from peftjax._types import ApplyFn, Array, Path, Phi, PyTree
 
@@ -144,7 +144,8 @@ class Peft:
           Parameters of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: a method has no place in the parameters, or a leaf to change is quantized.
+          ValueError: a method has no place in the parameters, or a leaf to change is quantized or
+            of whole numbers.
         """
         self._check_params(params)
         self._check_phi(phi)
@@ -160,6 +161,7 @@ class Peft:
                 }
                 wide = {path: float32(leaf) for path, leaf in wide.items()}
                 merged.update(part.merge(site, wide, mine.get(site.path, {})))
+        self._check_wide([path for path in merged if not trainable(leaves[path].dtype)])
         cast = {path: leaf.astype(leaves[path].dtype) for path, leaf in merged.items()}
         return _paths.replace(params, cast)
 
@@ -280,6 +282,15 @@ class Peft:
                 f'a merged weight is an ordinary array; {found[0]!r} is quantized '
                 f'({len(set(found))} such leaves). Merge into pj.dequantize(params); '
                 'pj.requantize(merged, like=params) rounds it again and tells the error'
+            )
+
+    def _check_wide(self, whole: Sequence[Path]) -> None:
+        """Refuses to cut a merged weight to whole numbers."""
+        if whole:
+            dtypes = {path: dtype for path, _, dtype in self.leaves}
+            raise ValueError(
+                f'a merged weight needs a floating dtype; {whole[0]!r} is {dtypes[whole[0]]} '
+                f'({len(whole)} such leaves). Convert them first: leaf.astype(jnp.float32)'
             )
 
     def _check_params(self, params: PyTree) -> None:
