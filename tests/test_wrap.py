@@ -95,6 +95,13 @@ def test_keywords_of_any_name_reach_the_function():
     )
 
 
+def test_static_arguments_that_are_equal_and_of_other_types_are_others():
+    fn = lambda params, x, n: linear(params, x) * (1 if n is True else 2 if n == 1 else 3)
+    forward, phi = pj.lora_wrap(fn, PARAMS, X, 1, key=KEY, rank=2, target='kernel')
+    for n in (1, True, 1.0, 0, False):
+        np.testing.assert_array_equal(forward(PARAMS, phi, X, n), fn(PARAMS, X, n))
+
+
 def test_a_static_argument_must_be_hashable():
     fn = lambda params, x, names: linear(params, x)
     forward, phi = pj.lora_wrap(fn, PARAMS, X, 'a', key=KEY, rank=2, target='kernel')
