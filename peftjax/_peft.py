@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -128,7 +129,16 @@ class Peft:
 
         Raises (when traced):
           ValueError: `params` or `phi` is not of this model and method.
+
+        Raises (at once):
+          TypeError: `fn` has a keyword `dropout_key` of its own, which the forward would take.
         """
+        if _takes_key(fn):
+            raise TypeError(
+                'dropout_key is a keyword of the forward, which switches the dropout of the method '
+                f'on; {getattr(fn, "__name__", fn)} has one of its own. Rename that, or close over '
+                'it: lambda params, *args: fn(params, *args, dropout_key=key)'
+            )
         return PeftForward(self, fn)
 
     def merge(self, params: PyTree, phi: Phi) -> PyTree:
@@ -351,11 +361,27 @@ class PeftForward:
         return dataclasses.replace(self, begins=False)
 
     def __call__(
-        self, params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+        self,
+        params: PyTree,
+        phi: Phi,
+        /,
+        *args: Any,
+        dropout_key: Array | None = None,
+        **kwargs: Any,
     ) -> PyTree:
         """The wrapped function with the method in place."""
         call = self.peft._call
         return call(self.fn, Notes(), params, phi, dropout_key, args, kwargs, self.begins)
+
+
+def _takes_key(fn: ApplyFn) -> bool:
+    """Whether a function names a `dropout_key` that is still open."""
+    try:
+        named = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # what is not written in Python may have no signature
+        return False
+    closed = fn.keywords if isinstance(fn, functools.partial) else {}
+    return 'dropout_key' in named and 'dropout_key' not in closed
 
 
 def _at(phi: Phi, keys: Sequence[str]) -> Any:

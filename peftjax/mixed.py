@@ -109,6 +109,7 @@ class MixedForward:
         self,
         params: PyTree,
         rows: Rows,
+        /,
         *args: Any,
         dropout_key: Array | None = None,
         **kwargs: Any,
