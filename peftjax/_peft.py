@@ -15,7 +15,7 @@ from peftjax._call import Call, result_shapes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
 from peftjax._interpret import Run, evaluate
-from peftjax._method import Method, float32
+from peftjax._method import Method, float32, typed_key
 from peftjax._pending import Companion
 from peftjax._quantized import Arrays, is_quantized
 from peftjax._shapes import Shape, differences, shapes_of
@@ -74,6 +74,7 @@ class Peft:
 
         Raises:
           ValueError: `params` is not the tree that the method was attached to.
+          TypeError: `key` is not one typed key.
         """
         self._check_params(params)
         phi = self._fresh(key, params)
@@ -220,7 +221,7 @@ class Peft:
         )
 
     def _keys(self, key: Array) -> Iterator[Array]:
-        return part_keys(key, [part for _, part in self.method.parts], self.sites)
+        return part_keys(typed_key(key), [part for _, part in self.method.parts], self.sites)
 
     def _call(
         self,

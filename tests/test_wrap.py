@@ -151,6 +151,22 @@ def test_dropout_takes_a_key():
     assert not jnp.allclose(outs[0], forward(PARAMS, phi, X))
 
 
+@pytest.mark.parametrize(
+    ('key', 'got'),
+    [
+        (jax.random.PRNGKey(0), r'got uint32 of shape \(2,\)'),
+        (jax.random.split(KEY), r'got key<fry> of shape \(2,\)'),
+        (0, 'got 0'),
+    ],
+)
+def test_a_key_is_one_typed_key(key, got):
+    forward, phi = pj.lora_wrap(linear, PARAMS, X, key=KEY, rank=2, target='kernel', dropout=0.5)
+    with pytest.raises(TypeError, match=rf'typed PRNG key, jax.random.key\(seed\); {got}'):
+        forward.peft.init(key, PARAMS)
+    with pytest.raises(TypeError, match=rf'typed PRNG key, jax.random.key\(seed\); {got}'):
+        forward(PARAMS, phi, X, dropout_key=key)
+
+
 def test_a_forward_lives_inside_other_transformations():
     case = MODELS['flax_nnx']
     forward, phi = pj.lora_wrap(
