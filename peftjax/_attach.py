@@ -1,7 +1,7 @@
 """`attach`: a method and a model become a `Peft`, three pure functions with one static plan."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,14 +28,15 @@ def attach(
       params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read. Leaves
         may be quantized (`pj.quantize`).
       *args: as for a call; arrays may be `jax.ShapeDtypeStruct`s, all else is static.
-      **kwargs: likewise, of any name.
+      **kwargs: likewise, of any name but `dropout_key`, which is the forward's own.
 
     Returns:
       A static, hashable plan with the pure functions `init`, `wrap` and `merge`.
 
     Raises:
       ValueError: a target finds nothing, or something that the method cannot adapt.
-      TypeError: a leaf of `params` is not an array.
+      TypeError: a leaf of `params` is not an array, `method` is no method, or there is an argument
+        `dropout_key`.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -51,6 +52,7 @@ def attach(
       >>> bool((forward(params, phi, x) == model(params, x)).all())
       True
     """
+    _check_arguments(method, kwargs)
     base = sites(apply_fn, params, *args, **kwargs)
     parts = [part for _, part in method.parts]
     room = [part.virtual for part in parts]
@@ -68,6 +70,21 @@ def attach(
     peft = dataclasses.replace(peft, phi=shapes_of(phi))
     notes = _dry_run(peft, apply_fn, params, phi, args, kwargs)
     return dataclasses.replace(peft, served=_flat(notes.served), early=_flat(notes.early))
+
+
+def _check_arguments(method: Any, kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(method, Method | Chain):
+        given = f'the class {method.__name__}' if isinstance(method, type) else repr(method)
+        raise TypeError(
+            f'a method with its fields is attached, or a pj.chain of several; got {given}. Make '
+            "one: pj.Lora(target='kernel')"
+        )
+    if 'dropout_key' in kwargs:
+        raise TypeError(
+            'dropout_key is a keyword of the forward, which switches the dropout of the method on; '
+            'the function cannot be given it. Leave it out here; rename it where the function has '
+            'one of its own, or close over it'
+        )
 
 
 def _passed(part: Method, found: Sites, chosen: Sequence[Site]) -> tuple[tuple[Path, str], ...]:

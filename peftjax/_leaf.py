@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from peftjax import _paths
 from peftjax._method import Method, float32
-from peftjax._sites import Site
+from peftjax._sites import Site, Sites, trainable
 from peftjax._types import Array, Path, Phi
 
 
@@ -18,6 +19,19 @@ class LeafMethod(Method):
     seam: ClassVar[str] = 'leaf'
     identity: ClassVar[str] = 'exact'
     mergeable: ClassVar[bool] = True
+
+    def select(self, sites: Sites) -> tuple[Site, ...]:
+        """See `Method`; whole numbers and keys, which the model counts or draws by, stay."""
+        chosen = super().select(sites)
+        for pattern in _paths.patterns(self.target):
+            found = [site for site in chosen if _paths.matches(pattern, site.path)]
+            if not any(trainable(site.dtype) for site in found):
+                what = ', '.join(f'{site.path!r} ({site.dtype})' for site in found[:5])
+                raise ValueError(
+                    f'{type(self).__name__} trains leaves of floating dtype; target={pattern!r} '
+                    f'finds only {what}. Choose other paths, or convert the leaf first'
+                )
+        return tuple(site for site in chosen if trainable(site.dtype))
 
     def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
         """See `Method`: copies of the leaves, in float32 or wider."""

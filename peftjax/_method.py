@@ -235,6 +235,22 @@ def _check_found(field: str, pattern: str, paths: list[Path]) -> None:
         )
 
 
+def typed_key(key: Any) -> Array:
+    """A key, checked.
+
+    Raises:
+      TypeError: it is not one typed PRNG key.
+    """
+    dtype, shape = getattr(key, 'dtype', None), getattr(key, 'shape', ())
+    if dtype is None or shape or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        got = repr(key) if dtype is None else f'{dtype} of shape {shape}'
+        raise TypeError(
+            f'randomness comes from one typed PRNG key, jax.random.key(seed); got {got}. Of the '
+            'data of a raw one jax.random.wrap_key_data(key) makes it'
+        )
+    return key
+
+
 def site_key(key: Array, path: Path) -> Array:
     """A key for one path, the same whatever else is adapted."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

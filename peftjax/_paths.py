@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,25 +11,13 @@ from peftjax._quantized import is_quantized
 from peftjax._types import Path, PyTree, Target
 
 
-def name(keys: tuple[Any, ...]) -> Path:
-    """The path of a leaf as text: its keys joined by `/`.
-
-    The last key of an nnx leaf is the attribute `value` of its variable; it is dropped, so that
-    nnx and linen read alike.
-    """
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == 'value':
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator='/')
-
-
 def leaves(tree: PyTree) -> dict[Path, Any]:
     """All leaves by path, in the order of `jax.tree.leaves`; a quantized leaf counts as one.
 
     Raises:
       ValueError: two leaves share one path.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
-    named = [(name(keys), leaf) for keys, leaf in flat]
+    named, _ = _named(tree)
     found = dict(named)
     if len(found) < len(named):
         twice = next(path for path, _ in named if sum(path == other for other, _ in named) > 1)
@@ -37,10 +25,52 @@ def leaves(tree: PyTree) -> dict[Path, Any]:
     return found
 
 
+def mapped(change: Callable[[Path, Any], Any], tree: PyTree) -> PyTree:
+    """The same tree of what a function makes of each path and leaf."""
+    named, shape = _named(tree)
+    return jax.tree.unflatten(shape, [change(path, leaf) for path, leaf in named])
+
+
 def replace(tree: PyTree, new: Mapping[Path, Any]) -> PyTree:
     """The same tree with the leaves at the paths of `new` replaced."""
-    changed = lambda keys, leaf: new.get(name(keys), leaf)
-    return jax.tree_util.tree_map_with_path(changed, tree, is_leaf=is_quantized)
+    return mapped(new.get, tree)
+
+
+def _named(tree: PyTree) -> tuple[list[tuple[Path, Any]], Any]:
+    """The leaves with their paths, and the structure: the keys of a leaf are joined by `/`.
+
+    What boxes one leaf as its `value`, such as a variable of nnx or a partitioned array of linen,
+    adds nothing to the path, so that all frameworks read alike. A `value` that has others beside
+    it, as in `(query, key, value)`, is a name like any other.
+    """
+    flat, shape = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+    values = any(_ends_in_value(keys) for keys, _ in flat)
+    alone = list(_alone(shape)) if values else [False] * len(flat)
+    named = [
+        (_joined(keys[:-1] if only and _ends_in_value(keys) else keys), leaf)
+        for (keys, leaf), only in zip(flat, alone, strict=True)
+    ]
+    return named, shape
+
+
+def _joined(keys: tuple[Any, ...]) -> Path:
+    return jax.tree_util.keystr(keys, simple=True, separator='/')
+
+
+def _ends_in_value(keys: tuple[Any, ...]) -> bool:
+    """Whether the last of several keys is the attribute `value`; a path needs one key at least."""
+    value = jax.tree_util.GetAttrKey('value')
+    return len(keys) > 1 and keys[-1] == value
+
+
+def _alone(shape: Any) -> Iterator[bool]:
+    """For each leaf, whether it is all that its node holds: `None` beside it counts as held."""
+    children = shape.children()
+    for child in children:
+        if child.num_nodes == child.num_leaves == 1:
+            yield len(children) == 1
+        else:
+            yield from _alone(child)
 
 
 def structure(tree: PyTree) -> Any:

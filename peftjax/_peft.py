@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,11 +15,11 @@ from peftjax._call import Call, result_shapes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
 from peftjax._interpret import Run, evaluate
-from peftjax._method import Method, float32
+from peftjax._method import Method, float32, typed_key
 from peftjax._pending import Companion
 from peftjax._quantized import Arrays, is_quantized
 from peftjax._shapes import Shape, differences, shapes_of
-from peftjax._sites import Site, table
+from peftjax._sites import Site, table, trainable
 from peftjax._standin import StandIn, bare
 from peftjax._types import ApplyFn, Array, Path, Phi, PyTree
 
@@ -73,6 +74,7 @@ class Peft:
 
         Raises:
           ValueError: `params` is not the tree that the method was attached to.
+          TypeError: `key` is not one typed key.
         """
         self._check_params(params)
         phi = self._fresh(key, params)
@@ -128,7 +130,16 @@ class Peft:
 
         Raises (when traced):
           ValueError: `params` or `phi` is not of this model and method.
+
+        Raises (at once):
+          TypeError: `fn` has a keyword `dropout_key` of its own, which the forward would take.
         """
+        if _takes_key(fn):
+            raise TypeError(
+                'dropout_key is a keyword of the forward, which switches the dropout of the method '
+                f'on; {getattr(fn, "__name__", fn)} has one of its own. Rename that, or close over '
+                'it: lambda params, *args: fn(params, *args, dropout_key=key)'
+            )
         return PeftForward(self, fn)
 
     def merge(self, params: PyTree, phi: Phi) -> PyTree:
@@ -144,7 +155,8 @@ class Peft:
           Parameters of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: a method has no place in the parameters, or a leaf to change is quantized.
+          ValueError: a method has no place in the parameters, or a leaf to change is quantized or
+            of whole numbers.
         """
         self._check_params(params)
         self._check_phi(phi)
@@ -160,6 +172,7 @@ class Peft:
                 }
                 wide = {path: float32(leaf) for path, leaf in wide.items()}
                 merged.update(part.merge(site, wide, mine.get(site.path, {})))
+        self._check_wide([path for path in merged if not trainable(leaves[path].dtype)])
         cast = {path: leaf.astype(leaves[path].dtype) for path, leaf in merged.items()}
         return _paths.replace(params, cast)
 
@@ -208,7 +221,7 @@ class Peft:
         )
 
     def _keys(self, key: Array) -> Iterator[Array]:
-        return part_keys(key, [part for _, part in self.method.parts], self.sites)
+        return part_keys(typed_key(key), [part for _, part in self.method.parts], self.sites)
 
     def _call(
         self,
@@ -282,6 +295,15 @@ class Peft:
                 'pj.requantize(merged, like=params) rounds it again and tells the error'
             )
 
+    def _check_wide(self, whole: Sequence[Path]) -> None:
+        """Refuses to cut a merged weight to whole numbers."""
+        if whole:
+            dtypes = {path: dtype for path, _, dtype in self.leaves}
+            raise ValueError(
+                f'a merged weight needs a floating dtype; {whole[0]!r} is {dtypes[whole[0]]} '
+                f'({len(whole)} such leaves). Convert them first: leaf.astype(jnp.float32)'
+            )
+
     def _check_params(self, params: PyTree) -> None:
         _compare('params', self.leaves, shapes_of(params))
 
@@ -340,11 +362,27 @@ class PeftForward:
         return dataclasses.replace(self, begins=False)
 
     def __call__(
-        self, params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+        self,
+        params: PyTree,
+        phi: Phi,
+        /,
+        *args: Any,
+        dropout_key: Array | None = None,
+        **kwargs: Any,
     ) -> PyTree:
         """The wrapped function with the method in place."""
         call = self.peft._call
         return call(self.fn, Notes(), params, phi, dropout_key, args, kwargs, self.begins)
+
+
+def _takes_key(fn: ApplyFn) -> bool:
+    """Whether a function names a `dropout_key` that is still open."""
+    try:
+        named = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # what is not written in Python may have no signature
+        return False
+    closed = fn.keywords if isinstance(fn, functools.partial) else {}
+    return 'dropout_key' in named and 'dropout_key' not in closed
 
 
 def _at(phi: Phi, keys: Sequence[str]) -> Any:

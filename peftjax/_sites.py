@@ -3,11 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
 
 from peftjax import _paths
 from peftjax._types import Path, Target
 
 KINDS = ('linear', 'embedding', 'convolution', 'expert', 'bias', 'scale', 'named', 'other')
+
+
+def trainable(dtype: Any) -> bool:
+    """Whether a dtype, or its name, is one of numbers with fractions; that of keys is none."""
+    return not str(dtype).startswith('key<') and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 @dataclasses.dataclass(frozen=True)

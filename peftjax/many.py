@@ -187,8 +187,7 @@ Kind = tuple[tuple[int, ...], str]
 
 def _kinds(tree: PyTree) -> dict[Path, Kind]:
     """Shape and dtype of each array."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    found = ((_paths.name(keys), leaf) for keys, leaf in flat)
+    found = _paths.leaves(tree).items()
     return {path: (jnp.shape(leaf), str(jnp.result_type(leaf))) for path, leaf in found}
 
 

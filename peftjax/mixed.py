@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax._method import typed_key
 from peftjax._peft import Peft
 from peftjax._types import ApplyFn, Array, Phi, PyTree
 from peftjax.many import size
@@ -109,6 +110,7 @@ class MixedForward:
         self,
         params: PyTree,
         rows: Rows,
+        /,
         *args: Any,
         dropout_key: Array | None = None,
         **kwargs: Any,
@@ -119,7 +121,7 @@ class MixedForward:
         leaves, structure = jax.tree.flatten((args, kwargs))
         axes = self._axes(args, kwargs, count)
         places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+        keys = None if dropout_key is None else jax.random.split(typed_key(dropout_key), count)
 
         def row(own: Phi, key: Array | None, arrays: list[Array]) -> PyTree:
             filled = list(leaves)

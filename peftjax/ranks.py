@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from peftjax import _paths
@@ -97,7 +96,7 @@ class Padded:
         shapes = {path: shape for path, shape, _ in self.peft.phi}
         for member, phi in zip(self.members, phis, strict=True):
             member._check_phi(phi)
-        return stack([_changed(phi, lambda path, x: _filled(x, shapes[path])) for phi in phis])
+        return stack([_paths.mapped(lambda path, x: _filled(x, shapes[path]), phi) for phi in phis])
 
     def cut(self, stacked: Phi) -> list[Phi]:
         """The phi of each member, without the padding.
@@ -112,9 +111,8 @@ class Padded:
         found = []
         for member, phi in zip(self.members, unstack(stacked), strict=True):
             shapes = {path: shape for path, shape, _ in member.phi}
-            found.append(
-                _changed(phi, lambda path, x, shapes=shapes: x[tuple(map(slice, shapes[path]))])
-            )
+            cut = lambda path, x, shapes=shapes: x[tuple(map(slice, shapes[path]))]
+            found.append(_paths.mapped(cut, phi))
         return found
 
     def scaled(self, phi: Phi, scale: Mapping[Path, Array]) -> Phi:
@@ -125,7 +123,8 @@ class Padded:
           scale: its entries of `scales`: one scalar each.
         """
         own = {f'{place}/b': value for place, value in scale.items()}
-        return _changed(phi, lambda path, x: x * own[path].astype(x.dtype) if path in own else x)
+        scaled = lambda path, x: x * own[path].astype(x.dtype) if path in own else x
+        return _paths.mapped(scaled, phi)
 
     def _check_count(self, count: int) -> None:
         if count != len(self.members):
@@ -154,10 +153,6 @@ def _widest(pefts: Sequence[Peft]) -> Peft:
         for each in zip(*(peft.phi for peft in pefts), strict=True)
     ]
     return dataclasses.replace(first, method=replaced(first.method, methods), phi=tuple(shapes))
-
-
-def _changed(phi: Phi, change: Any) -> Phi:
-    return jax.tree_util.tree_map_with_path(lambda keys, x: change(_paths.name(keys), x), phi)
 
 
 def _filled(array: Array, shape: tuple[int, ...]) -> Array:

@@ -36,7 +36,7 @@ class Forward:
         def run(static: Any, params: PyTree, phi: Phi, arrays: Sequence[Array]) -> PyTree:
             structure, rest = static
             filled = iter(arrays)
-            leaves = [next(filled) if leaf is _ARRAY else leaf for leaf in rest]
+            leaves = [next(filled) if kind is _ARRAY else leaf for kind, leaf in rest]
             args, kwargs = jax.tree.unflatten(structure, leaves)
             return wrapped(params, phi, *args, **kwargs)
 
@@ -47,11 +47,11 @@ class Forward:
         """The same for tokens that follow others, where virtual tokens were read before them."""
         return Forward(self._wrapped.continued)
 
-    def __call__(self, params: PyTree, phi: Phi, *args: Any, **kwargs: Any) -> PyTree:
+    def __call__(self, params: PyTree, phi: Phi, /, *args: Any, **kwargs: Any) -> PyTree:
         """Calls the wrapped function."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if _traced(leaf)]
-        rest = tuple(_ARRAY if _traced(leaf) else _static(leaf) for leaf in leaves)
+        rest = tuple((_ARRAY, None) if _traced(leaf) else _static(leaf) for leaf in leaves)
         return self._run((structure, rest), params, phi, arrays)
 
 
@@ -62,8 +62,8 @@ def _traced(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
-def _static(leaf: Any) -> Any:
-    """An argument that is not traced.
+def _static(leaf: Any) -> tuple[type, Any]:
+    """An argument that is not traced, with its type: `1`, `1.0` and `True` are equal.
 
     Raises:
       TypeError: it cannot be compared with that of another call.
@@ -73,7 +73,7 @@ def _static(leaf: Any) -> Any:
             f'an argument that is not an array must be hashable; got {leaf!r}. Close over it, or '
             'make arrays of it'
         )
-    return leaf
+    return type(leaf), leaf
 
 
 class Wrapped(NamedTuple):

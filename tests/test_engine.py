@@ -344,6 +344,20 @@ def test_what_is_not_an_array_in_params_is_an_error_with_its_path():
         attach(lambda p, x: x @ p['w'], {'w': jnp.ones((6, 4)), 'act': jax.nn.relu}, jnp.ones(6))
 
 
+@pytest.mark.parametrize('method', [pj.Lora(rank=2, target='w'), pj.Ia3(target='w')])
+def test_whole_numbers_are_adapted_and_not_merged(method):
+    params, x = {'w': jnp.arange(16, dtype=jnp.int8).reshape(4, 4)}, jnp.ones((3, 4))
+    fn = lambda p, x: x @ p['w'].astype(x.dtype)
+    peft = pj.attach(method, fn, params, x)
+    phi = randomized(peft.init(jax.random.key(0), params))
+    with pytest.raises(ValueError, match=r"a floating dtype; 'w' is int8 \(1 such .*Convert them"):
+        peft.merge(params, phi)
+    wide = {'w': params['w'].astype(jnp.float32)}
+    peft = pj.attach(method, fn, wide, x)
+    out = peft.wrap(fn)(params | wide, phi, x)
+    np.testing.assert_allclose(out, fn(peft.merge(wide, phi), x), rtol=1e-5)
+
+
 # Other functions of the same parameters -----------------------------------------------------------
 
 

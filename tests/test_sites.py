@@ -1,5 +1,7 @@
 """The site table: kinds, axes, biases, what is unused; how targets find sites."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import normal
 
 import peftjax as pj
+from peftjax import _paths
 
 
 def sites_of(name: str) -> pj.Sites:
@@ -194,6 +197,41 @@ def test_paths_of_frameworks_read_alike():
         'layers/0/weight',
         'layers/2/weight',
     ]
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+class Boxed(NamedTuple):
+    value: Any
+
+
+def test_an_attribute_named_value_is_a_name_where_it_has_others_beside_it():
+    fn = lambda p, x: sum((x @ leaf for leaf in jax.tree.leaves(p)), jnp.zeros(()))
+    paths = lambda params: [site.path for site in pj.sites(fn, params, normal(4, 2, 4))]
+    weights = Attention(normal(1, 4, 4), normal(2, 4, 4), normal(3, 4, 4))
+    named = ['query', 'key', 'value']
+    assert paths(weights) == named
+    assert paths({'attn': weights}) == [f'attn/{name}' for name in named]
+    # what is not there is beside it too: a part of a tree has the names of the whole
+    assert paths({'attn': weights._replace(query=None, key=())}) == ['attn/value']
+    assert paths({'attn': Attention(*map(Boxed, weights))}) == [f'attn/{name}' for name in named]
+    assert paths(Boxed(weights.value)) == ['value']
+    peft = pj.attach(pj.Lora(rank=2, target='value'), fn, {'attn': weights}, normal(4, 2, 4))
+    phi = jax.tree.map(lambda leaf: leaf + 0.3, peft.init(jax.random.key(0), {'attn': weights}))
+    merged = peft.merge({'attn': weights}, phi)['attn']
+    assert [bool((a == b).all()) for a, b in zip(merged, weights, strict=True)] == [1, 1, 0]
+
+
+def test_boxes_of_frameworks_add_nothing_to_a_path():
+    linen, nnx = pytest.importorskip('flax.linen'), pytest.importorskip('flax.nnx')
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert sorted(_paths.leaves({'value': state})) == ['value/bias', 'value/kernel']
+    boxed = {'kernel': linen.Partitioned(normal(0, 2, 3), ('in', 'out'))}
+    assert sorted(_paths.leaves(boxed)) == ['kernel']
 
 
 # Targets ------------------------------------------------------------------------------------------

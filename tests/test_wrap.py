@@ -1,3 +1,6 @@
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,16 +86,53 @@ def test_what_is_not_an_array_is_static():
 
 
 def test_keywords_of_any_name_reach_the_function():
-    def model(params, x, *, method, apply_fn):
-        return linear(params, x) * (2 if (method, apply_fn) == ('hidden', 'mine') else 1)
+    def model(params, x, *, method, apply_fn, phi):
+        return linear(params, x) * (2 if (method, apply_fn, phi) == ('hidden', 'mine', 1) else 1)
 
-    how = {'method': 'hidden', 'apply_fn': 'mine'}
+    how: Any = {'method': 'hidden', 'apply_fn': 'mine', 'phi': 1}
     peft = pj.attach(pj.Lora(rank=2, target='kernel'), model, PARAMS, X, **how)
     assert [site.kind for site in pj.sites(model, PARAMS, X, **how)] == ['linear']
     forward = peft.wrap(model)
     np.testing.assert_allclose(
         forward(PARAMS, peft.init(KEY, PARAMS), X, **how), 2 * linear(PARAMS, X), rtol=1e-6
     )
+
+
+def test_the_key_of_dropout_is_not_taken_from_a_function_that_has_its_own():
+    def model(params, x, dropout_key=None):
+        return linear(params, x) if dropout_key is None else 0 * linear(params, x)
+
+    method = pj.Lora(rank=2, target='kernel')
+    with pytest.raises(TypeError, match='dropout_key is a keyword of the forward.* Leave it out'):
+        pj.attach(method, model, PARAMS, X, dropout_key=KEY)
+    peft = pj.attach(method, model, PARAMS, X)
+    with pytest.raises(TypeError, match=r'model has one of its own\. Rename that, or close over'):
+        peft.wrap(model)
+    phi = peft.init(KEY, PARAMS)
+    for closed in (
+        lambda params, x: model(params, x, dropout_key=KEY),
+        functools.partial(model, dropout_key=KEY),
+    ):
+        assert not peft.wrap(closed)(PARAMS, phi, X).any()
+    # what is passed on by any name is another's
+    passed = lambda params, x, **rest: linear(params, x) * (3 if rest else 1)
+    out = peft.wrap(passed)(PARAMS, phi, X, dropout_key=KEY)
+    np.testing.assert_array_equal(out, linear(PARAMS, X))
+
+
+@pytest.mark.parametrize(
+    ('method', 'got'), [('lora', "got 'lora'. Make one"), (pj.Lora, 'got the class Lora. Make')]
+)
+def test_what_is_attached_is_a_method(method, got):
+    with pytest.raises(TypeError, match=rf'a method with its fields.* {got}'):
+        pj.attach(method, linear, PARAMS, X)
+
+
+def test_static_arguments_that_are_equal_and_of_other_types_are_others():
+    fn = lambda params, x, n: linear(params, x) * (1 if n is True else 2 if n == 1 else 3)
+    forward, phi = pj.lora_wrap(fn, PARAMS, X, 1, key=KEY, rank=2, target='kernel')
+    for n in (1, True, 1.0, 0, False):
+        np.testing.assert_array_equal(forward(PARAMS, phi, X, n), fn(PARAMS, X, n))
 
 
 def test_a_static_argument_must_be_hashable():
@@ -109,6 +149,22 @@ def test_dropout_takes_a_key():
     np.testing.assert_array_equal(outs[0], outs[1])
     assert not jnp.allclose(outs[0], outs[2])
     assert not jnp.allclose(outs[0], forward(PARAMS, phi, X))
+
+
+@pytest.mark.parametrize(
+    ('key', 'got'),
+    [
+        (jax.random.PRNGKey(0), r'got uint32 of shape \(2,\)'),
+        (jax.random.split(KEY), r'got key<fry> of shape \(2,\)'),
+        (0, 'got 0'),
+    ],
+)
+def test_a_key_is_one_typed_key(key, got):
+    forward, phi = pj.lora_wrap(linear, PARAMS, X, key=KEY, rank=2, target='kernel', dropout=0.5)
+    with pytest.raises(TypeError, match=rf'typed PRNG key, jax.random.key\(seed\); {got}'):
+        forward.peft.init(key, PARAMS)
+    with pytest.raises(TypeError, match=rf'typed PRNG key, jax.random.key\(seed\); {got}'):
+        forward(PARAMS, phi, X, dropout_key=key)
 
 
 def test_a_forward_lives_inside_other_transformations():

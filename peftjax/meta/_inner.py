@@ -132,8 +132,7 @@ def chosen(target: Target | None, phi: Phi) -> Any:
     if target is None:
         return phi
     found = set(_paths.selected(target, _paths.leaves(phi)))
-    own = lambda keys, leaf: leaf if _paths.name(keys) in found else None
-    return jax.tree_util.tree_map_with_path(own, phi)
+    return _paths.mapped(lambda path, leaf: leaf if path in found else None, phi)
 
 
 def joined(mine: Any, phi: Phi) -> Any:

@@ -22,7 +22,7 @@ class BitFit(LeafMethod):
     base bit for bit.
 
     Raises:
-      ValueError: from `attach`, a target finds no bias.
+      ValueError: from `attach`, a target finds no bias, or only whole numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

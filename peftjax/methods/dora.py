@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from peftjax._factor import lay
 from peftjax._lowrank import LowRank, LowRankMethod
 from peftjax._method import At, Rule, float32
-from peftjax._sites import Site
+from peftjax._sites import Site, Sites, trainable
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi
 
@@ -54,6 +54,17 @@ class Dora(LowRankMethod):
     """
 
     identity: ClassVar[str] = 'rounding'
+
+    def select(self, sites: Sites) -> tuple[Site, ...]:
+        """See `Method`; the norm is that of real weights with fractions."""
+        chosen = super().select(sites)
+        for site in chosen:
+            if not trainable(site.dtype) or 'complex' in site.dtype:
+                raise ValueError(
+                    f'Dora takes norms of real floating weights; {site.path!r} is {site.dtype}. '
+                    'Convert the leaf first, or leave it out of the target'
+                )
+        return chosen
 
     def init(self, key: Array, sites: tuple[Site, ...], params: Mapping[Path, Any]) -> Phi:
         """See `Method`; the magnitudes are read from the weights."""

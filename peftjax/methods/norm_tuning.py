@@ -23,7 +23,7 @@ class NormTuning(LeafMethod):
     base bit for bit.
 
     Raises:
-      ValueError: from `attach`, a target finds no norm.
+      ValueError: from `attach`, a target finds no norm, or only whole numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj

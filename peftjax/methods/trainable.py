@@ -3,10 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
-
 from peftjax._leaf import LeafMethod
-from peftjax._sites import KINDS, Site, Sites
+from peftjax._sites import KINDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +20,7 @@ class Trainable(LeafMethod):
     base bit for bit.
 
     Raises:
-      ValueError: from `attach`, a target finds nothing.
+      ValueError: from `attach`, a target finds nothing, or only whole numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -35,8 +33,3 @@ class Trainable(LeafMethod):
     """
 
     kinds: ClassVar[tuple[str, ...]] = tuple(kind for kind in KINDS if kind != 'named')
-
-    def select(self, sites: Sites) -> tuple[Site, ...]:
-        """See `Method`; leaves of whole numbers cannot be trained."""
-        real = tuple(site for site in sites if jnp.issubdtype(site.dtype, jnp.inexact))
-        return super().select(dataclasses.replace(sites, all=real))

@@ -111,6 +111,16 @@ def test_the_adapted_weight_is_not_formed():
     assert large == ['stop_gradient']
 
 
+@pytest.mark.parametrize('dtype', ['int8', 'complex64'])
+def test_norms_are_those_of_real_weights(dtype):
+    method, fn = pj.Dora(rank=2, target='w'), lambda p, x: x @ p['w'].astype(x.dtype)
+    params, x = {'w': jnp.ones((6, 4), dtype)}, X.astype('complex64')
+    with pytest.raises(ValueError, match=f"norms of real floating weights; 'w' is {dtype}. Conv"):
+        pj.attach(method, fn, params, x)
+    # Lora needs no norm
+    assert pj.attach(pj.Lora(rank=2, target='w'), fn, params, x).count() == 20
+
+
 def test_errors_name_the_method():
     with pytest.raises(ValueError, match='Dora: rank must be a positive integer; got 0'):
         pj.Dora(rank=0, target='w')

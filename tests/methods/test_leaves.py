@@ -68,11 +68,45 @@ def test_everything_is_every_leaf_that_is_used():
     assert set(peft.init(jax.random.key(0), params)) == {'w'}
 
 
-def test_whole_numbers_cannot_be_trained():
-    params = {'w': jnp.ones((4, 5)), 'steps': jnp.arange(5)}
-    fn = lambda params, x: x @ params['w'] + params['steps'][None].astype(jnp.float32)
-    with pytest.raises(ValueError, match="no site matches target='steps'"):
-        pj.attach(pj.Trainable(target='steps'), fn, params, jnp.ones((3, 4)))
+METHODS = [pj.BitFit, pj.NormTuning, pj.Trainable]
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_whole_numbers_cannot_be_trained(method):
+    params = {'w': jnp.ones((4, 5)), 'steps': jnp.arange(5), 'scale': jnp.arange(5)}
+    params |= {'bias': jnp.ones(5), 'gain': jnp.ones(5)}
+
+    def fn(params, x):
+        y = x @ params['w'] * params['gain'] + params['bias']
+        return y + jnp.sin(jnp.arange(5) * params['scale'] + params['steps'])
+
+    what = r".* trains leaves of floating dtype; target='steps' finds only 'steps' \(int32\)"
+    with pytest.raises(ValueError, match=method.__name__ + what):
+        pj.attach(method(target='steps'), fn, params, jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="target='steps' finds only"):
+        pj.attach(method(target=('bias', 'steps')), fn, params, jnp.ones((3, 4)))
+    peft = pj.attach(method(target='.'), fn, params, jnp.ones((3, 4)))
+    found = {site.path for site in peft.sites[0]}
+    assert 'bias' in found and not found & {'scale', 'steps'}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_key_among_the_parameters_is_left_alone(method):
+    params = {'w': jnp.ones((4, 5)), 'bias': jnp.ones(5), 'rng': jax.random.key(4)}
+    params |= {'gain': jnp.ones(5)}
+
+    def fn(params, x):
+        noise = jax.random.normal(params['rng'], (5,))
+        return x @ params['w'] * params['gain'] + params['bias'] + noise
+
+    x = jnp.ones((3, 4))
+    peft = pj.attach(method(target='.'), fn, params, x)
+    phi = peft.init(jax.random.key(0), params)
+    assert 'bias' in phi and 'rng' not in phi
+    np.testing.assert_array_equal(peft.wrap(fn)(params, phi, x), fn(params, x))
+    assert jax.random.key_data(peft.merge(params, phi)['rng']).shape == (2,)
+    with pytest.raises(ValueError, match="finds only 'rng'"):
+        pj.attach(method(target='rng'), fn, params, x)
 
 
 def test_phi_replaces_the_leaf():
