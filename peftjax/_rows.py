@@ -19,12 +19,13 @@ class Rows(OutputRule):
     """Overwrites rows of an output along its dimension of tokens.
 
     Attributes:
-      axis: that dimension.
+      behind: how many dimensions lie behind it: a call may have other ones in front of it than the
+        one that was traced, of batches.
       side: `front` or `back`.
       offset: rows of other methods between these and the edge.
     """
 
-    axis: int
+    behind: int
     side: str
     offset: int
 
@@ -35,14 +36,26 @@ class Rows(OutputRule):
     def post(self, at: At, x: Array, y: Array) -> Array:
         """Overwrites."""
         del x
+        axis = self._axis(at, y)
         factor = at.view.factors['rows'].astype(y.dtype)
         rows = jax.vmap(lambda f: at.use.on_output(y, Factor.formed(f)), in_axes=-1)(factor)
-        rows = jnp.moveaxis(jnp.squeeze(rows, self.axis + 1), 0, self.axis)
-        count = rows.shape[self.axis]
-        shape = [count if d == self.axis else n for d, n in enumerate(y.shape)]
-        start = self.offset if self.side == 'front' else y.shape[self.axis] - count - self.offset
+        rows = jnp.moveaxis(jnp.squeeze(rows, axis + 1), 0, axis)
+        count = rows.shape[axis]
+        shape = [count if d == axis else n for d, n in enumerate(y.shape)]
+        start = self.offset if self.side == 'front' else y.shape[axis] - count - self.offset
         rows = jnp.broadcast_to(rows, shape)
-        return lax.dynamic_update_slice_in_dim(y, rows, start, self.axis)
+        return lax.dynamic_update_slice_in_dim(y, rows, start, axis)
+
+    def _axis(self, at: At, y: Array) -> int:
+        """The dimension of tokens."""
+        axis = y.ndim - 1 - self.behind
+        if axis < 0 or axis in at.use.outputs(y):
+            raise ValueError(
+                f'virtual tokens lie along the dimension with {self.behind} behind it, as in the '
+                f'call that was traced; the output of {at.view.path!r} is of shape {y.shape} now, '
+                'without tokens there. Attach to arguments that lie as in this call'
+            )
+        return axis
 
 
 def rows_view(site: Site, w: Any, rows: Array, side: str) -> StandIn:
@@ -50,7 +63,7 @@ def rows_view(site: Site, w: Any, rows: Array, side: str) -> StandIn:
     rows = jnp.moveaxis(rows, len(site.stack), -1)
     axes = (*site.stack, *site.outputs)
     assert site.tokens is not None
-    rule = Rows(site.tokens, side, site.offset)
+    rule = Rows(len(site.output) - 1 - site.tokens, side, site.offset)
     return StandIn.over(
         site, w, {'rows': place(rows, axes, site.rank)}, {'rows': frozenset(axes)}, rule
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import MODELS
+from jax.ad_checkpoint import checkpoint_name
 from prompted import IDS, MASK, PARAMS, attend, model
 from zoo import normal
 
@@ -134,6 +135,39 @@ def test_a_direct_prefix_is_normal():
     fn = lambda params, ids: model(params, ids, position_ids=0 * ids[:1])
     phi = pj.attach(wide, fn, PARAMS, IDS).init(jax.random.key(0), PARAMS)
     assert abs(float(phi['@key']['prefix'].std()) - 0.1) < 0.01
+
+
+def layer(params, ids):
+    """Values of two heads, summed over what lies before them."""
+    x = params['wte']['embedding'][ids]
+    x = x @ params['v']
+    return jnp.cumsum(checkpoint_name(x.reshape(*ids.shape, 2, 2), 'value'), -3)
+
+
+def columns(params, ids):
+    x = params['wte']['embedding'][ids]
+    return jnp.cumsum(jnp.einsum('dk,...td->...kt', params['v'], x), -1)
+
+
+@pytest.mark.parametrize('first', [IDS[0], IDS], ids=['one', 'batch'])
+@pytest.mark.parametrize('target', ['v$', '@value'])
+def test_one_plan_serves_ids_of_every_rank(target, first):
+    params = {'wte': PARAMS['wte'], 'v': normal(3, 4, 4)}
+    peft = pj.attach(pj.PrefixTuning(length=3, target=target), layer, params, first)
+    (path,) = [site.path for site in peft.sites[0]]
+    prefix = VALUE.reshape(3, 2, 2) if target == '@value' else VALUE
+    one = lambda ids: peft.wrap(layer)(params, {path: {'prefix': prefix}}, ids)
+    wanted = VALUE.sum(0).reshape(2, 2) + layer(params, IDS)
+    for out in (one(IDS), one(IDS[None])[0], jnp.stack([*map(one, IDS)]), jax.vmap(one)(IDS)):
+        np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_lie_elsewhere_than_when_attached_are_refused():
+    params = {'wte': PARAMS['wte'], 'v': normal(3, 4, 4)}
+    peft = pj.attach(pj.PrefixTuning(length=3, target='v$'), columns, params, IDS[0])
+    phi = peft.init(jax.random.key(0), params)
+    with pytest.raises(ValueError, match=r"output of 'v' is of shape \(2, 8, 4\) now"):
+        peft.wrap(columns)(params, phi, IDS)
 
 
 def test_prefix_and_prompt_share_the_room():

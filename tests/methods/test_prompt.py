@@ -127,6 +127,23 @@ def test_one_phi_serves_other_functions_and_lengths():
     np.testing.assert_allclose(loss, prompted(METHOD, IDS, labels=IDS % 4, fn=masked_loss))
 
 
+def summed(params, ids):
+    """A causal model of ids of any rank."""
+    return jnp.cumsum(params['wte']['embedding'][ids], -2)
+
+
+@pytest.mark.parametrize('side', ['front', 'back'])
+@pytest.mark.parametrize('first', [IDS[0], IDS, IDS[None]], ids=['one', 'batch', 'batches'])
+def test_one_plan_serves_ids_of_every_rank(first, side):
+    method = dataclasses.replace(METHOD, side=side)
+    forward = pj.attach(method, summed, PARAMS, first).wrap(summed)
+    before = PROMPT.sum(0) if side == 'front' else 0
+    wanted = before + summed(PARAMS, IDS)
+    one = lambda ids: forward(PARAMS, PHI, ids)
+    for out in (one(IDS), one(IDS[None])[0], jnp.stack([*map(one, IDS)]), jax.vmap(one)(IDS)):
+        np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_named_value_may_hold_the_prompt():
     def fn(params, ids):
         x = params['wte']['embedding'][ids]
