@@ -195,6 +195,8 @@ def test_initial_rows():
         ({'side': 'left'}, "PromptTuning: side must be 'front' or 'back'; got 'left'"),
         ({'initial': 'zeros'}, "initial must be 'vocabulary', 'random' or token ids; got 'zeros'"),
         ({'initial': ()}, r'initial must be .* token ids; got \(\)'),
+        ({'fill': ('mask', 1)}, r"PromptTuning: fill must be pairs, .*; got \('mask', 1\)"),
+        ({'dtype': 'int8'}, "PromptTuning: dtype must be a floating one, .*; got 'int8'"),
         ({'initial': (1, 2.5)}, r'initial must be .* token ids; got \(1, 2.5\)'),
     ],
 )
@@ -278,3 +280,9 @@ def test_merge_refuses():
     peft = pj.attach(METHOD, model, PARAMS, IDS)
     with pytest.raises(ValueError, match='lives in the input.* nothing to merge .*Keep phi'):
         peft.merge(PARAMS, PHI)
+
+
+def test_fill_may_be_a_dict():
+    given: dict = {'fill': {'weights': np.int64(1), 'rows': None}}
+    want = (('weights', 1), ('rows', None))
+    assert pj.PromptTuning(**given).fill == pj.PrefixTuning(**given).fill == want
