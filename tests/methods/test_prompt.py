@@ -276,6 +276,13 @@ def test_a_size_fixed_inside_the_function():
         pj.attach(METHOD, fn, PARAMS, IDS)
 
 
+def test_tokens_that_are_joined_with_other_axes_are_refused_with_the_place():
+    flat = lambda params, ids: {'logits': model(params, ids).reshape(-1, 4)}
+    match = r"the result\['logits'\] of shape \(10, 4\) became \(16, 4\) with 3 of them. Let"
+    with pytest.raises(ValueError, match=match):
+        pj.attach(METHOD, flat, PARAMS, IDS)
+
+
 def test_merge_refuses():
     peft = pj.attach(METHOD, model, PARAMS, IDS)
     with pytest.raises(ValueError, match='lives in the input.* nothing to merge .*Keep phi'):
