@@ -13,6 +13,7 @@ from jax import lax
 
 from peftjax import _paths
 from peftjax._factor import Factor, along, lay
+from peftjax._fields import number, positive, settle
 from peftjax._method import At, Method, Rule, site_key, stacked_keys
 from peftjax._sites import Site
 from peftjax._standin import StandIn
@@ -77,7 +78,8 @@ class LowRankMethod(Method):
       alpha: the product is scaled by `alpha / rank`; `None` stands for `rank`, hence 1.
       rank_stabilized: scale by `alpha / sqrt(rank)` instead.
       dropout: probability with which the input of the low-rank path is dropped.
-      ranks: other ranks for some paths, `((pattern, rank), …)`; the first that matches counts.
+      ranks: other ranks for some paths, `((pattern, rank), …)` or a dict; the first that
+        matches counts.
       alphas: other alphas for some paths, likewise.
       dtype: of phi.
     """
@@ -96,15 +98,16 @@ class LowRankMethod(Method):
     patterned: ClassVar[tuple[str, ...]] = ('ranks', 'alphas')
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
         every = (('rank', self.rank), *((f'ranks[{p!r}]', r) for p, r in self.ranks))
         for field, rank in every:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f'{name}: {field} must be a positive integer; got {rank!r}')
-        alphas = (('alpha', self.alpha), *((f'alphas[{p!r}]', a) for p, a in self.alphas))
-        for field, alpha in alphas:
-            if alpha is not None and not alpha > 0:
-                raise ValueError(f'{name}: {field} must be positive; got {alpha!r}')
+        alphas = tuple((p, positive(name, f'alphas[{p!r}]', a)) for p, a in self.alphas)
+        alpha = None if self.alpha is None else positive(name, 'alpha', self.alpha)
+        dropout = number(name, 'dropout', self.dropout)
+        settle(self, alpha=alpha, alphas=alphas, dropout=dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f'{name}: dropout must be in [0, 1); got {self.dropout!r}')
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from peftjax import _paths
 from peftjax._factor import Factor
+from peftjax._fields import dtype_name, pairs, settle
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn
 from peftjax._types import Array, Path, Phi, Target
@@ -149,6 +150,19 @@ class Method(abc.ABC):
     """Whether phi can become part of ordinary parameters."""
     patterned: ClassVar[tuple[str, ...]] = ()
     """Fields of the form `((pattern, value), …)`, for settings of some sites."""
+    named: ClassVar[tuple[str, ...]] = ()
+    """Fields of the form `((name, value), …)`, for settings of some arguments."""
+
+    def __post_init__(self) -> None:
+        """Brings the fields that methods share into the form in which they are stored.
+
+        A method with a check of its own calls this first.
+        """
+        name = type(self).__name__
+        for field in (*self.patterned, *self.named):
+            settle(self, **{field: pairs(name, field, getattr(self, field))})
+        if 'dtype' in vars(self):
+            settle(self, dtype=dtype_name(name, vars(self)['dtype']))
 
     def select(self, sites: Sites) -> tuple[Site, ...]:
         """The sites that this method will adapt."""

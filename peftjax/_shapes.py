@@ -11,8 +11,18 @@ Shape = tuple[Path, tuple[int, ...], str]
 
 
 def shapes_of(tree: PyTree) -> tuple[Shape, ...]:
-    """Path, shape and dtype of each leaf."""
+    """Path, shape and dtype of each leaf.
+
+    Raises:
+      TypeError: a leaf is not an array.
+    """
     leaves = _paths.leaves(tree).items()
+    for path, leaf in leaves:
+        if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
+            raise TypeError(
+                f'params and phi must hold arrays only; {path!r} is {leaf!r}. Make an array of it, '
+                'or keep it out of the tree'
+            )
     return tuple((path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves)
 
 

@@ -151,13 +151,16 @@ def shorten(virtual: Virtual, shapes: PyTree, outs: PyTree) -> PyTree:
       ValueError: a result changed its shape in another way.
     """
 
-    def one(shape: Any, out: Array) -> Array:
+    def one(keys: Any, shape: Any, out: Array) -> Array:
         for axis in grown(shape.shape, out.shape, virtual.length):
             out = virtual.cut(out, axis)
         if out.shape != shape.shape:
             raise ValueError(
-                f'virtual tokens may only lengthen results: {shape.shape} became {out.shape}'
+                f'virtual tokens may only lengthen results, each axis by their number or not at '
+                f'all: the result{jax.tree_util.keystr(keys)} of shape {shape.shape} became '
+                f'{out.shape} with {virtual.length} of them. Let tokens have an axis of their own '
+                'there: reshape, or join with other axes, after the forward'
             )
         return out
 
-    return jax.tree.map(one, shapes, outs)
+    return jax.tree_util.tree_map_with_path(one, shapes, outs)

@@ -358,6 +358,16 @@ def test_whole_numbers_are_adapted_and_not_merged(method):
     np.testing.assert_allclose(out, fn(peft.merge(wide, phi), x), rtol=1e-5)
 
 
+def test_what_is_not_an_array_in_a_call_is_an_error_with_its_path():
+    params, x, fn = {'w': jnp.ones((6, 4))}, jnp.ones((3, 6)), lambda p, x: x @ p['w']
+    peft = attach(fn, params, x)
+    phi = peft.init(jax.random.key(0), params)
+    with pytest.raises(TypeError, match="arrays only; 'n' is 3. Make an array of it"):
+        peft.wrap(fn)({**params, 'n': 3}, phi, x)
+    with pytest.raises(TypeError, match="arrays only; 'w/a' is 'lost'. Make an array of it"):
+        peft.wrap(fn)(params, {'w': {**phi['w'], 'a': 'lost'}}, x)
+
+
 # Other functions of the same parameters -----------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from peftjax import _paths
 from peftjax._factor import along
+from peftjax._fields import number, positive, settle
 from peftjax._method import At, Method, OutputRule, float32, site_key
 from peftjax._sites import Site
 from peftjax._standin import StandIn
@@ -88,6 +89,7 @@ class Adapter(Method):
     patterned: ClassVar[tuple[str, ...]] = ('reductions',)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = (
             ('activation', self.activation, tuple(ACTIVATIONS)),
             ('norm', self.norm, NORMS),
@@ -100,9 +102,11 @@ class Adapter(Method):
             raise ValueError(
                 f'Adapter: scale must be a number or one of {SCALES}; got {self.scale!r}'
             )
-        for value in (self.reduction, *(r for _, r in self.reductions)):
-            if not value > 0:
-                raise ValueError(f'Adapter: a reduction must be positive; got {value!r}')
+        if not isinstance(self.scale, str):
+            settle(self, scale=number('Adapter', 'scale', self.scale))
+        each = lambda value: positive('Adapter', 'a reduction', value)
+        reductions = tuple((pattern, each(value)) for pattern, value in self.reductions)
+        settle(self, reduction=each(self.reduction), reductions=reductions)
         if self.source and not self.source.startswith('@'):
             raise ValueError(f'Adapter: source must be a named value, @name; got {self.source!r}')
 

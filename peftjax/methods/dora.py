@@ -31,7 +31,7 @@ class Dora(LowRankMethod):
       rank_stabilized: scale by `alpha / sqrt(rank)` instead.
       dropout: probability with which the input of the low-rank path is dropped, where the
         forward is given a `dropout_key`.
-      ranks: other ranks for some paths, `((pattern, rank), …)`.
+      ranks: other ranks for some paths, `((pattern, rank), …)` or a dict.
       alphas: other alphas for some paths, likewise.
       dtype: of phi.
 

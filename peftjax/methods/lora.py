@@ -22,7 +22,8 @@ class Lora(LowRankMethod):
       dropout: probability with which the input of the low-rank path is dropped, where the
         forward is given a `dropout_key`; lookups, and uses that the plan calls dense, have no such
         input and know no dropout.
-      ranks: other ranks for some paths, `((pattern, rank), …)`; the first that matches counts.
+      ranks: other ranks for some paths, `((pattern, rank), …)` or a dict; the first that
+        matches counts.
       alphas: other alphas for some paths, likewise.
       dtype: of phi, whatever the dtype of the weights.
 

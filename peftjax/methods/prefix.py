@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peftjax._fields import number, settle
 from peftjax._method import Method, site_key
 from peftjax._rows import check_virtual, need_tokens, rows_view
 from peftjax._sites import Site, Sites
@@ -87,9 +88,12 @@ class PrefixTuning(Method):
     seam: ClassVar[str] = 'output'
     identity: ClassVar[str] = 'no'
     mergeable: ClassVar[bool] = False
+    named: ClassVar[tuple[str, ...]] = ('fill',)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_virtual(self)
+        settle(self, deviation=number('PrefixTuning', 'deviation', self.deviation))
         if type(self.projection) is not int or self.projection < 0:
             raise ValueError(
                 f'PrefixTuning: projection must be 0 or a width; got {self.projection!r}'

@@ -75,8 +75,10 @@ class PromptTuning(Method):
     seam: ClassVar[str] = 'output'
     identity: ClassVar[str] = 'no'
     mergeable: ClassVar[bool] = False
+    named: ClassVar[tuple[str, ...]] = ('fill',)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_virtual(self)
         ids = self.initial if isinstance(self.initial, tuple) else ()
         known = self.initial in ('vocabulary', 'random')

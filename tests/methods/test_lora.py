@@ -156,6 +156,27 @@ def test_phi_of_a_dtype():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(phi)} == {'bfloat16'}
 
 
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, np.float16, np.dtype('float32')])
+def test_fields_come_into_one_form(dtype):
+    given: dict = {'dtype': dtype, 'ranks': {'w': 2}, 'alphas': [['w', np.float64(3.0)]]}
+    method = pj.Lora(target='w', alpha=np.float32(0.5), **given)
+    assert method == pj.Lora(
+        target='w', dtype=np.dtype(dtype).name, ranks=(('w', 2),), alphas=(('w', 3.0),), alpha=0.5
+    )
+    assert type(method.alpha) is float and type(method.alphas[0][1]) is float
+    hash(method)
+
+
+def test_what_is_trained_with_is_stored(tmp_path):
+    methods = (
+        pj.Lora(target='w', dtype=np.float32, ranks={'w': 2}),  # pyright: ignore
+        pj.Adapter(target='w', reductions={'w': 2}, scale=np.float32(2)),  # pyright: ignore
+    )
+    for i, method in enumerate(methods):
+        peft, phi = fresh(method, linear, {'w': W}, X)
+        assert pj.load(pj.save(tmp_path / f'{i}', peft, phi, params={'w': W})).peft == peft
+
+
 @pytest.mark.parametrize(
     ('fields', 'match'),
     [
@@ -165,6 +186,16 @@ def test_phi_of_a_dtype():
         ({'ranks': (('w', -1),)}, r"ranks\['w'\] must be a positive integer; got -1"),
         ({'alpha': 0}, 'alpha must be positive; got 0'),
         ({'alphas': (('w', -2.0),)}, r"alphas\['w'\] must be positive; got -2.0"),
+        ({'alpha': float('inf')}, 'alpha must be a finite number; got inf'),
+        ({'alpha': '8'}, "alpha must be a finite number; got '8'"),
+        ({'alpha': True}, 'alpha must be a finite number; got True'),
+        ({'dropout': '0.1'}, "dropout must be a finite number; got '0.1'"),
+        ({'dtype': 'int8'}, "dtype must be a floating one, such as .*; got 'int8'"),
+        ({'dtype': 'foo'}, "dtype must be a floating one, such as .*; got 'foo'"),
+        ({'dtype': None}, 'dtype must be a floating one, such as .*; got None'),
+        ({'ranks': ('query', 4)}, r"ranks must be pairs, such as .*; got \('query', 4\)"),
+        ({'ranks': 'qv'}, "ranks must be pairs, such as .*; got 'qv'"),
+        ({'ranks': {'w': '4'}}, r"ranks\['w'\] must be a positive integer; got '4'"),
         ({'dropout': 1.0}, r'dropout must be in \[0, 1\); got 1.0'),
         ({'dropout': -0.1}, r'dropout must be in \[0, 1\); got -0.1'),
     ],

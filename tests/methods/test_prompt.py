@@ -212,6 +212,8 @@ def test_initial_rows():
         ({'side': 'left'}, "PromptTuning: side must be 'front' or 'back'; got 'left'"),
         ({'initial': 'zeros'}, "initial must be 'vocabulary', 'random' or token ids; got 'zeros'"),
         ({'initial': ()}, r'initial must be .* token ids; got \(\)'),
+        ({'fill': ('mask', 1)}, r"PromptTuning: fill must be pairs, .*; got \('mask', 1\)"),
+        ({'dtype': 'int8'}, "PromptTuning: dtype must be a floating one, .*; got 'int8'"),
         ({'initial': (1, 2.5)}, r'initial must be .* token ids; got \(1, 2.5\)'),
     ],
 )
@@ -291,7 +293,20 @@ def test_a_size_fixed_inside_the_function():
         pj.attach(METHOD, fn, PARAMS, IDS)
 
 
+def test_tokens_that_are_joined_with_other_axes_are_refused_with_the_place():
+    flat = lambda params, ids: {'logits': model(params, ids).reshape(-1, 4)}
+    match = r"the result\['logits'\] of shape \(10, 4\) became \(16, 4\) with 3 of them. Let"
+    with pytest.raises(ValueError, match=match):
+        pj.attach(METHOD, flat, PARAMS, IDS)
+
+
 def test_merge_refuses():
     peft = pj.attach(METHOD, model, PARAMS, IDS)
     with pytest.raises(ValueError, match='lives in the input.* nothing to merge .*Keep phi'):
         peft.merge(PARAMS, PHI)
+
+
+def test_fill_may_be_a_dict():
+    given: dict = {'fill': {'weights': np.int64(1), 'rows': None}}
+    want = (('weights', 1), ('rows', None))
+    assert pj.PromptTuning(**given).fill == pj.PrefixTuning(**given).fill == want
