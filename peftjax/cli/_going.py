@@ -57,8 +57,13 @@ def place(options: argparse.Namespace) -> Place:
     out = pathlib.Path(options.out)
     begun = _processes.told(options.resume and _run_folder.is_begun(out))
     replace = options.overwrite or begun
-    _processes.led('use the folder of the run', lambda: _output.check_free(out, replace))
+    _processes.led('use the folder of the run', lambda: _check(out, replace))
     return Place(out, begun)
+
+
+def _check(out: pathlib.Path, replace: bool) -> None:
+    _output.check_free(out, replace)
+    _run_folder.check(out)
 
 
 def finish(place: Place) -> None:
@@ -109,6 +114,8 @@ def going(
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     folder = place.out / _run_folder.CHECKPOINTS
     with pj.Checkpoints(folder, fitter.peft, fitter.task.params, settings=settings) as checkpoints:
+        if not place.begun:  # only now: whoever looks finds the earlier run, or this one
+            _processes.led('forget an earlier run', lambda: _run_folder.forget(place.out))
         state = checkpoints.resume(fitter.start(options.seed), batches)
         write = partial(_config.write, place.out / _config.FILE, options)
         _processes.led('write the options', write)  # not those of a run that was refused

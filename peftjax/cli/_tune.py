@@ -65,7 +65,7 @@ def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
         fitted = fitter.fit(examples, run.state, batches, run.watch, evaluation, run.saving)
         if fitted.steps:
             run.draw(f'{recipe.name}, {options.train or "the shipped messages"}', 'example')
-        _saved.save(place.out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=False)
+        _saved.save(place.out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=True)
     _going.finish(place)
     say(f'{fitted.steps} steps in {fitted.seconds:.1f} s; written to {place.out}')
     if parts.test is not None:
