@@ -164,8 +164,9 @@ def jsonl_rows(path: pathlib.Path, content: str) -> _Rows:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{path}, line {number} must be JSON: {error.msg}.') from error
+        except (ValueError, RecursionError) as error:  # of too many digits, too deep
+            why = getattr(error, 'msg', error)
+            raise ValueError(f'{path}, line {number} must be JSON: {why}.') from error
         if not isinstance(row, dict):
             raise ValueError(
                 f'{path}, line {number} must be a JSON object like {{"text": ..., ...}}: '
