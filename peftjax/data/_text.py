@@ -194,7 +194,27 @@ def _checked_text(path: pathlib.Path, line: int, column: str, value: Any) -> str
         raise ValueError(
             f'{path}, line {line}: {column!r} must be a text that is not empty: received {value!r}.'
         )
+    check_characters(f'{path}, line {line}: {column!r}', value)
     return value
+
+
+def check_characters(where: str, text: str) -> None:
+    """Refuses half a character, which no tokenizer takes.
+
+    Args:
+      where: the text comes from, for the error.
+      text: any.
+
+    Raises:
+      ValueError: it holds a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f'{where} must be Unicode text: character {error.start + 1} is half of one, '
+            f'{text[error.start]!r}. Write it as UTF-8, or take it out.'
+        ) from error
 
 
 def _checked_label(path: pathlib.Path, line: int, column: str, value: Any) -> str | int:
@@ -203,6 +223,7 @@ def _checked_label(path: pathlib.Path, line: int, column: str, value: Any) -> st
             f'{path}, line {line}: {column!r} must be a text that is not empty, or a whole number: '
             f'received {value!r}.'
         )
+    check_characters(f'{path}, line {line}: {column!r}', str(value))
     return value
 
 

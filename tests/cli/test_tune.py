@@ -35,6 +35,19 @@ def test_texts_come_from_a_file_or_standard_input(peftjax, tuned, tmp_path, monk
     assert peftjax('predict', tuned, '--file', tmp_path / 'texts').out == direct
     monkeypatch.setattr('sys.stdin', io.StringIO('\r\n'.join(TEXTS)))
     assert peftjax('predict', tuned).out == direct
+    pipe = io.TextIOWrapper(io.BytesIO('\ufeff'.encode() + '\r\n'.join(TEXTS).encode()))
+    monkeypatch.setattr('sys.stdin', pipe)
+    assert peftjax('predict', tuned).out == direct
+
+
+def test_texts_are_unicode(peftjax, tuned, monkeypatch):
+    ran = peftjax('predict', tuned, 'fine', b'a\xffb'.decode(errors='surrogateescape'))
+    assert (ran.code, ran.out) == (2, '')
+    assert r"text to label 'a\udcffb' must be Unicode text: character 2 is half of one" in ran.err
+    pipe = io.TextIOWrapper(io.BytesIO(b'fine\na\xffb'), errors='surrogateescape')
+    monkeypatch.setattr('sys.stdin', pipe)
+    ran = peftjax('predict', tuned)
+    assert ran.code == 2 and 'standard input must be UTF-8: byte 6 cannot be read' in ran.err
 
 
 def test_the_accuracy_is_that_of_the_test_file(peftjax, here, tuned_once, tmp_path):

@@ -95,6 +95,12 @@ def test_a_folder_is_no_file(tmp_path):
         ('f.csv', 'text,label\n', 'holds no examples'),
         ('f.jsonl', 'grüß'.encode('latin-1'), 'must be UTF-8: byte 2 cannot be read'),
         ('f.jsonl', '{"text": "a", "label": "b"}\n{"text": "a"', 'line 2 must be JSON'),
+        ('f.jsonl', r'{"text": "a \ud800 b", "label": "b"}', "line 1: 'text' must be Unicode"),
+        (
+            'f.jsonl',
+            r'{"text": "a", "label": "\udfff"}',
+            "line 1: 'label' must be Unicode text: ch",
+        ),
         ('f.jsonl', '[' * 100_000, 'line 1 must be JSON: .*recursion'),
         ('f.jsonl', '{"label": ' + '9' * 5000 + '}', 'line 1 must be JSON: .*4300 digits'),
         ('f.jsonl', '\n["a", "b"]', 'line 2 must be a JSON object'),
