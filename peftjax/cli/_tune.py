@@ -56,7 +56,6 @@ def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     )
     steps = step_count(len(parts.train), settings)
     fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], steps)
-    options.rate = fitter.settings.rate
     say(str(fitter.peft))
     evaluation = _evaluation(fitter, task, parts.held, options.evaluations)
     examples = (tokens, parts.train.labels)

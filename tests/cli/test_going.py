@@ -100,7 +100,8 @@ def test_a_probe_makes_no_steps_and_goes_on_from_its_beginning(
         assert peftjax(*probe, '--out', out).code == 130
     ran = peftjax(*probe, '--out', out, '--resume')
     assert ran.code == 0, ran.err
-    assert peftjax(*probe, '--out', tmp_path / 'unbroken').code == 0
+    again = ('--config', out / 'options.toml', '--out', tmp_path / 'unbroken')
+    assert peftjax('tune', *again).code == 0
     assert bits(out) == bits(tmp_path / 'unbroken') and rows(out) == rows(tmp_path / 'unbroken')
     assert 'has come to its end' in peftjax(*probe, '--out', out, '--resume').out
 
