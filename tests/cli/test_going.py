@@ -87,8 +87,23 @@ def test_a_run_that_was_cut_off_goes_on(peftjax, files, here, unbroken, tmp_path
     assert rows(out) == rows(unbroken) and bits(out) == bits(unbroken)
     assert (out / 'loss.png').stat().st_size == (unbroken / 'loss.png').stat().st_size
     assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
-    ran = peftjax(*again, '--resume')
+    ran = peftjax(*again, '--resume', '--evaluations', 2)
     assert ran.code == 0 and 'has come to its end' in ran.out
+    other = peftjax(*again, '--resume', '--rate', 1e-5, '--target', 'query/kernel')
+    assert other.code == 2 and 'rate was 0.002 and is 1e-05 now; target was' in other.err
+
+
+def test_a_run_goes_on_under_the_names_of_its_labels(peftjax, files, here, tmp_path, monkeypatch):
+    """Other names in the same order give the same numbers."""
+    out, renamed = tmp_path / 'out', tmp_path / 'renamed.jsonl'
+    renamed.write_text(pathlib.Path(here.train).read_text().replace('"ask"', '"asking"'))
+    again = ('tune', '--model', here.model, *EPOCHS, '--out', out)
+    with monkeypatch.context() as patch:
+        cut_off(patch, interrupt)
+        assert peftjax(*again, '--train', here.train, '--save-every', 2).code == 130
+    ran = peftjax(*again, '--train', renamed, '--resume')
+    assert ran.code == 2 and "labels was ['ask', 'leave', 'praise'] and is ['asking'" in ran.err
+    assert peftjax(*again, '--train', here.train, '--resume').code == 0
 
 
 def test_a_probe_makes_no_steps_and_goes_on_from_its_beginning(
