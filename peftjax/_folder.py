@@ -50,7 +50,7 @@ def whole(target: Path, *, ours: frozenset[str], overwrite: bool, size: int) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         with _turn(target.parent):
             _recover(target)
-            _check_free(target, ours, overwrite)
+            check_free(target, ours, overwrite)
             _check_space(target.parent, size)
             fresh.mkdir()
             try:
@@ -97,7 +97,17 @@ def _recover(target: Path) -> None:
     _remove(_sibling(target, 'saving'))
 
 
-def _check_free(target: Path, ours: frozenset[str], overwrite: bool) -> None:
+def check_free(target: Path, ours: frozenset[str], overwrite: bool) -> None:
+    """Refuses a place where there is something that is not to be replaced.
+
+    Args:
+      target: the folder to make.
+      ours: as of `whole`.
+      overwrite: as of `whole`.
+
+    Raises:
+      FileExistsError: there is something.
+    """
     if not os.path.lexists(target):
         return
     text = str(target)

@@ -52,7 +52,7 @@ def from_file(sub: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
     for name in ('help', 'config'):
         taken.pop(name, None)
     found: list[str] = []
-    for key, value in _read(pathlib.Path(named)).items():
+    for key, value in read(pathlib.Path(named)).items():
         if key not in taken:
             raise ValueError(f'{named}: {sub.prog} has no option {key!r}. {_nearest(key, taken)}')
         found += _arguments(f'{named}: {key}', key, value, taken[key])
@@ -115,7 +115,13 @@ def _value(name: str, value: Any) -> str:
     )
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """What a file says, by option.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not TOML in UTF-8.
+    """
     if not path.is_file():
         raise FileNotFoundError(f'no such file: {path}')
     try:

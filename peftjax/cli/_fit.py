@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from peftjax.cli._loop import Drawn, Evaluation, Saving, train
 from peftjax.cli._probe import fit_probe
 from peftjax.cli._programs import Programs
 from peftjax.cli._recipes import Recipe
-from peftjax.cli._task import Task, call, cross_entropy
+from peftjax.cli._task import EVALUATE, Task, call, cross_entropy
 from peftjax.cli._watch import Watch
 from peftjax.losses import Loss
 
@@ -145,8 +146,14 @@ class Fitter:
         if evaluation is not None and not int(state.step):
             evaluation.report(0, state.phi, watch)
         drawn = Drawn(batches, self._taken, watch)
-        state = train(self._step, params, state, drawn, steps, watch, evaluation, saving)
+        last = partial(self._loss_of_some, *examples)
+        state = train(self._step, params, state, drawn, steps, watch, last, evaluation, saving)
         return Fitted(self.peft, state.phi, watch.seconds, compiled, steps, self._step.peak_bytes)
+
+    def _loss_of_some(self, tokens: data.Tokens, labels: np.ndarray, phi: Any) -> float:
+        """The mean loss of as many examples as are evaluated at once."""
+        some = data.Tokens(tokens.input_ids[:EVALUATE], tokens.attention_mask[:EVALUATE])
+        return self.evaluate(some, labels[:EVALUATE], phi)['evaluation_loss']
 
     def _taken(self, batch: dict) -> tuple[dict, int]:
         """A batch as the step takes it, and its tokens without padding."""

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,10 +33,18 @@ class Place(NamedTuple):
     out: pathlib.Path
     begun: bool
 
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do, which is said."""
+    def is_finished(self, options: argparse.Namespace) -> bool:
+        """Whether nothing is left to do, which is said.
+
+        Args:
+          options: as parsed, all that is known filled in.
+
+        Raises:
+          ValueError: what has come to its end is another run.
+        """
         if not _processes.told(self.begun and _run_folder.is_finished(self.out)):
             return False
+        _processes.led('compare the options', lambda: _check_same(self.out, options))
         finish(self)
         say(f'{self.out} has come to its end: there is nothing to go on with')
         return True
@@ -57,8 +65,36 @@ def place(options: argparse.Namespace) -> Place:
     out = pathlib.Path(options.out)
     begun = _processes.told(options.resume and _run_folder.is_begun(out))
     replace = options.overwrite or begun
-    _processes.led('use the folder of the run', lambda: _output.check_free(out, replace))
+    _processes.led('use the folder of the run', lambda: _check(out, replace))
     return Place(out, begun)
+
+
+def _check(out: pathlib.Path, replace: bool) -> None:
+    _output.check_free(out, replace)
+    _run_folder.check(out)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what is computed."""
+    return {name: value for name, value in vars(options).items() if name not in FREE}
+
+
+def _check_same(out: pathlib.Path, options: argparse.Namespace) -> None:
+    """Refuses options that are not those of the run that came to its end, as far as it says."""
+    if not (out / _config.FILE).exists():
+        return
+    now = _settings(options)
+    before = {key.replace('-', '_'): v for key, v in _config.read(out / _config.FILE).items()}
+    wrong = [
+        f'{name} was {before.get(name)!r:.300} and is {value!r:.300} now'
+        for name, value in now.items()
+        if before.get(name) != (list(value) if isinstance(value, tuple) else value)
+    ]
+    if wrong:
+        raise ValueError(
+            f'{out} has come to its end as another run: {"; ".join(wrong)}. Leave --resume out '
+            'and choose another --out, or --overwrite'
+        )
 
 
 def finish(place: Place) -> None:
@@ -84,7 +120,13 @@ class Going(NamedTuple):
 
 @contextlib.contextmanager
 def going(
-    place: Place, fitter: Any, batches: Any, steps: int, options: argparse.Namespace, board: Any
+    place: Place,
+    fitter: Any,
+    batches: Any,
+    steps: int,
+    options: argparse.Namespace,
+    board: Any,
+    also: Mapping[str, Any],
 ) -> Iterator[Going]:
     """Begins a run or takes it up: its folder, its state, where its batches stand.
 
@@ -95,6 +137,7 @@ def going(
       steps: to show.
       options: as parsed, defaults filled in.
       board: as from `_metrics.board`, or None.
+      also: what must be the same, besides options, when the run goes on.
 
     Yields:
       What the run needs.
@@ -106,9 +149,11 @@ def going(
     """
     if not place.begun:
         _processes.led('clear the folder of the run', lambda: _run_folder.clear(place.out))
-    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings = {**_settings(options), **also}
     folder = place.out / _run_folder.CHECKPOINTS
     with pj.Checkpoints(folder, fitter.peft, fitter.task.params, settings=settings) as checkpoints:
+        if not place.begun:  # only now: whoever looks finds the earlier run, or this one
+            _processes.led('forget an earlier run', lambda: _run_folder.forget(place.out))
         state = checkpoints.resume(fitter.start(options.seed), batches)
         write = partial(_config.write, place.out / _config.FILE, options)
         _processes.led('write the options', write)  # not those of a run that was refused

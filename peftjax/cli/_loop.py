@@ -62,6 +62,7 @@ def train(
     batches: Drawn,
     steps: int,
     watch: Watch,
+    last: Callable[[Any], float],
     evaluation: Evaluation | None = None,
     saving: Saving | None = None,
 ) -> Any:
@@ -74,6 +75,7 @@ def train(
       batches: those that follow.
       steps: of the whole run.
       watch: what measures.
+      last: from phi to a loss, asked after the last step: the losses of steps are before updates.
       evaluation: what happens between steps.
       saving: where states are kept.
 
@@ -85,10 +87,12 @@ def train(
       Terminated: the process was told to end.
     """
     events = []
+    if evaluation is None or evaluation.of is None:  # an evaluation at the end says as much
+        events = [pj.At({steps}, lambda step, now: watch.last(step, last(now.phi)))]
     if evaluation is not None:
         times = evaluation.times
         marks = frozenset(round(steps * i / times) for i in range(1, times + 1))
-        events = [pj.At(marks, lambda step, now: evaluation.report(step, now.phi, watch))]
+        events += [pj.At(marks, lambda step, now: evaluation.report(step, now.phi, watch))]
     return pj.fit(
         program,
         params,

@@ -5,7 +5,7 @@ An option is a field of methods. Which methods take it is asked of the methods t
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from peftjax import Method
@@ -78,9 +78,20 @@ def _given(options: argparse.Namespace, name: str, methods: Mapping[str, Any]) -
             continue
         takers = [other for other, method in methods.items() if hasattr(method, field)]
         if name not in takers:
-            raise ValueError(
-                f'--{option.replace("_", "-")} is not for {name}; it is for {", ".join(takers)}. '
-                'Leave it out, or choose another --method'
-            )
+            raise not_for(option, name, takers)
         found[field] = value
     return found
+
+
+def not_for(option: str, name: str, takers: Iterable[str]) -> ValueError:
+    """The error for an option that a method does not take.
+
+    Args:
+      option: as parsed.
+      name: of the method.
+      takers: the methods that take it.
+    """
+    return ValueError(
+        f'--{option.replace("_", "-")} is not for {name}; it is for {", ".join(takers)}. '
+        'Leave it out, or choose another --method'
+    )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     forward = loaded.peft.wrap(task.apply)
     predict = jax.jit(lambda p, phi, batch: call(task, forward, batch, None, p, phi))
     logits = task.each(lambda batch: predict(task.params, loaded.phi, batch), task.encode(texts))
+    _check(texts, logits, options.adapter)
     for text, row in zip(texts, logits, strict=True):
         say(_line(text, row, task.names))
     return 0
@@ -30,6 +32,22 @@ def _task(model: str, names: list[str], max_tokens: int) -> Task:
         return load_task(model, tuple(names), max_tokens)
     except OSError as error:
         raise OSError(f'{error} {_saved.MOVED}') from error
+
+
+def _check(texts: Sequence[str], logits: np.ndarray, adapter: str) -> None:
+    """Refuses predictions that are no numbers.
+
+    Raises:
+      ValueError: a logit is not finite.
+    """
+    finite = np.isfinite(logits).all(-1)
+    if not finite.all():
+        text = texts[int(finite.argmin())]
+        raise ValueError(
+            f'what an adapter makes of a text must be finite; {adapter} makes NaN or infinity '
+            f'of {text!r:.80} ({(~finite).sum()} of {len(texts)} texts). Train it anew at a lower '
+            'learning rate'
+        )
 
 
 def _line(text: str, logits: np.ndarray, names: tuple[str, ...]) -> str:

@@ -104,6 +104,11 @@ def settled(options: argparse.Namespace, recipe: Recipe) -> Recipe:
       ValueError: an option that the method does not take, or a value that it refuses.
     """
     methods = {one.name: one.build and one.build() for one in RECIPES.values()}
+    if recipe.probe and options.rate is not None:
+        takers = [one.name for one in RECIPES.values() if not one.probe]
+        raise _method_options.not_for('rate', recipe.name, takers)
+    if not recipe.probe and options.rate is None:
+        options.rate = recipe.rate
     method = _method_options.settle(options, recipe.name, methods)
     return recipe if method is None else dataclasses.replace(recipe, build=lambda: method)
 

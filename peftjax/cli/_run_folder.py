@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 
-from peftjax import checkpoint, resume
+from peftjax import _folder, checkpoint, resume
 from peftjax.cli import _config, _metrics, _plot
 
 ADAPTER = 'adapter'
@@ -13,34 +13,46 @@ CHECKPOINTS = 'checkpoints'
 """Where states lie while a run goes on."""
 
 
-def clear(out: pathlib.Path) -> None:
-    """Makes the folder, without the results of an earlier run; what else is there stays.
+def check(out: pathlib.Path) -> None:
+    """Refuses a folder whose adapter could not be replaced when the run comes to its end.
 
     Raises:
-      BlockingIOError: another process writes to it.
-      FileExistsError: the folder is an adapter itself.
+      FileExistsError: the folder is an adapter itself, or what lies at its adapter's place is none.
     """
     if (out / checkpoint.ADAPTER).exists():
         raise FileExistsError(f'--out must be the folder of a run; {out} is an adapter. '
                               'Choose another --out')  # fmt: skip
+    _folder.check_free(out / ADAPTER, checkpoint.OURS, overwrite=True)
+
+
+def clear(out: pathlib.Path) -> None:
+    """Makes the folder, without the states of an earlier run, whose results stay for now.
+
+    Raises:
+      BlockingIOError: another process writes to it.
+    """
     if _has_states(out):
         resume.check_free(out / CHECKPOINTS)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / ADAPTER / 'manifest.json').is_file():
-        _remove(out / ADAPTER)
+    finish(out)
+
+
+def forget(out: pathlib.Path) -> None:
+    """Removes what an earlier run measured, once the new one has its states here.
+
+    The earlier adapter stays until the new one is whole and takes its place.
+    """
     for name in (_metrics.FILE, _plot.FILE, _config.FILE):
         (out / name).unlink(missing_ok=True)
     for file in (out / _metrics.BOARD).glob('events.*'):
         file.unlink()
-    finish(out)
 
 
 def finish(out: pathlib.Path) -> None:
     """Removes what a run is taken up again from."""
     if _has_states(out):
         _remove(out / CHECKPOINTS)
-    for name in (ADAPTER, CHECKPOINTS):  # of a removal that was cut off
-        shutil.rmtree(_aside(out / name), ignore_errors=True)
+    shutil.rmtree(_aside(out / CHECKPOINTS), ignore_errors=True)  # a removal was cut off
 
 
 def _remove(folder: pathlib.Path) -> None:
@@ -66,8 +78,11 @@ def is_begun(out: pathlib.Path) -> bool:
 
 
 def is_finished(out: pathlib.Path) -> bool:
-    """Whether a run in this folder has come to its end."""
-    return (out / ADAPTER / checkpoint.ADAPTER).is_file()
+    """Whether a run in this folder has come to its end.
+
+    An adapter beside states may be an earlier run's: the run that has the states goes on.
+    """
+    return (out / ADAPTER / checkpoint.ADAPTER).is_file() and not _has_states(out)
 
 
 def find(folder: pathlib.Path) -> pathlib.Path:

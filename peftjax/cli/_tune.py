@@ -42,7 +42,7 @@ def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
         raise ValueError(f'tune takes one method; got {options.method!r}. compare takes several')
     recipe = settled(options, recipe)
     place = _going.place(options)
-    if place.is_finished():
+    if place.is_finished(options):
         return 0
     board = _metrics.board() if options.tensorboard else None
     parts = _parts(options)
@@ -56,16 +56,16 @@ def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     )
     steps = step_count(len(parts.train), settings)
     fitter = Fitter(task, recipe, settings, tokens.input_ids.shape[1], steps)
-    options.rate = fitter.settings.rate
     say(str(fitter.peft))
     evaluation = _evaluation(fitter, task, parts.held, options.evaluations)
     examples = (tokens, parts.train.labels)
     batches, shown = fitter.batches(*examples, options.seed), 1 if recipe.probe else steps
-    with _going.going(place, fitter, batches, shown, options, board) as run:
+    also = {'labels': list(task.names)}
+    with _going.going(place, fitter, batches, shown, options, board, also) as run:
         fitted = fitter.fit(examples, run.state, batches, run.watch, evaluation, run.saving)
         if fitted.steps:
             run.draw(f'{recipe.name}, {options.train or "the shipped messages"}', 'example')
-        _saved.save(place.out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=False)
+        _saved.save(place.out / _run_folder.ADAPTER, fitter, fitted, options.seed, overwrite=True)
     _going.finish(place)
     say(f'{fitted.steps} steps in {fitted.seconds:.1f} s; written to {place.out}')
     if parts.test is not None:

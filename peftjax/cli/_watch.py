@@ -48,11 +48,7 @@ class Watch:
         now = time.perf_counter()
         assert self._since is not None
         self.seconds, self._since = self.seconds + now - self._since, now
-        if not np.isfinite(value):
-            raise ValueError(
-                f'{self._name}: the loss must stay finite; it is {value} at step {step}. Lower the '
-                f'learning rate (now {self._rates.max():g})'
-            )
+        self._check(value, f'at step {step}')
         self.tokens += self._drawn.popleft()
         self._recent.append(value)
         rate = float(self._rates[step - 1])
@@ -61,6 +57,21 @@ class Watch:
         speed = f'{self.tokens / self.seconds:,.0f}'
         self._bar.set_postfix({'loss': f'{value:.4f}', 'tokens/s': speed}, refresh=False)
         self._bar.update()
+
+    def last(self, step: int, value: float) -> None:
+        """Takes note of a loss after the last update, which no step has seen.
+
+        Raises:
+          ValueError: it is not finite.
+        """
+        self._check(value, f'after step {step}, the last one')
+
+    def _check(self, value: float, when: str) -> None:
+        if not np.isfinite(value):
+            raise ValueError(
+                f'{self._name}: the loss must stay finite; it is {value} {when}. Lower the '
+                f'learning rate (now {self._rates.max():g})'
+            )
 
     def tick(self) -> None:
         """Shows a step that has no loss."""

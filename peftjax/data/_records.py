@@ -1,12 +1,13 @@
 """Files of conversations, questions with answers, or texts, for language models."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from peftjax.data._text import MESSAGES as MESSAGES
-from peftjax.data._text import jsonl_rows, present, read
+from peftjax.data._text import check_characters, jsonl_rows, present, read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ def load_records(
 def _text(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{where}: {key!r} must be a text that is not empty: received {value!r}.')
+    check_characters(f'{where}: {key!r}', value)
     return value
 
 
@@ -106,4 +108,5 @@ def _messages(where: str, key: str, value: Any) -> tuple[Mapping[str, Any], ...]
             )
         if not calls and message['role'] == 'assistant' and not message['content']:
             raise ValueError(f'{where}: message {i} is an answer without content.')
+        check_characters(f'{where}: message {i}', json.dumps(message, ensure_ascii=False))
     return tuple(value)

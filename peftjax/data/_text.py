@@ -164,8 +164,9 @@ def jsonl_rows(path: pathlib.Path, content: str) -> _Rows:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{path}, line {number} must be JSON: {error.msg}.') from error
+        except (ValueError, RecursionError) as error:  # of too many digits, too deep
+            why = getattr(error, 'msg', error)
+            raise ValueError(f'{path}, line {number} must be JSON: {why}.') from error
         if not isinstance(row, dict):
             raise ValueError(
                 f'{path}, line {number} must be a JSON object like {{"text": ..., ...}}: '
@@ -177,6 +178,7 @@ def jsonl_rows(path: pathlib.Path, content: str) -> _Rows:
 def _csv_rows(path: pathlib.Path, content: str) -> _Rows:
     reader = csv.DictReader(io.StringIO(content, newline=''), strict=True)
     try:
+        _check_header(path, reader.fieldnames or ())
         for row in reader:
             if None in row:
                 raise ValueError(
@@ -188,12 +190,42 @@ def _csv_rows(path: pathlib.Path, content: str) -> _Rows:
         raise ValueError(f'{path}, after line {reader.line_num}: must be CSV: {error}.') from error
 
 
+def _check_header(path: pathlib.Path, names: Sequence[str]) -> None:
+    """Refuses columns of one name, of which the last alone would be read."""
+    # spreadsheets leave columns without any name behind, which nobody asks for
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise ValueError(
+            f'{path}: each column of the header must have a name of its own; there is more than '
+            f'one of {", ".join(map(repr, twice))}. Rename all but one.'
+        )
+
+
 def _checked_text(path: pathlib.Path, line: int, column: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f'{path}, line {line}: {column!r} must be a text that is not empty: received {value!r}.'
         )
+    check_characters(f'{path}, line {line}: {column!r}', value)
     return value
+
+
+def check_characters(where: str, text: str) -> None:
+    """Refuses half a character, which no tokenizer takes.
+
+    Args:
+      where: the text comes from, for the error.
+      text: any.
+
+    Raises:
+      ValueError: it holds a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f'{where} must be Unicode text: character {error.start + 1} is half of one, '
+            f'{text[error.start]!r}. Write it as UTF-8, or take it out.'
+        ) from error
 
 
 def _checked_label(path: pathlib.Path, line: int, column: str, value: Any) -> str | int:
@@ -202,7 +234,20 @@ def _checked_label(path: pathlib.Path, line: int, column: str, value: Any) -> st
             f'{path}, line {line}: {column!r} must be a text that is not empty, or a whole number: '
             f'received {value!r}.'
         )
+    check_characters(f'{path}, line {line}: {column!r}', str(value))
     return value
+
+
+def _check_apart(path: pathlib.Path, names: Sequence[str]) -> None:
+    """Refuses labels that nobody could tell apart when they are printed."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.strip(), []).append(name)
+    if found := [group for group in alike.values() if len(group) > 1]:
+        raise ValueError(
+            f'{path}: labels must differ by more than white space around them; found '
+            f'{" and ".join(map(repr, found[0]))}. Write them alike.'
+        )
 
 
 def _number(
@@ -212,6 +257,7 @@ def _number(
     if len({type(value) for value in found}) > 1:
         raise ValueError(f'{path}: labels must be all text or all whole numbers, found both.')
     ordered = tuple(str(value) for value in sorted(found))
+    _check_apart(path, ordered)
     if names is None and len(ordered) == 1:
         raise ValueError(f'{path} has one class only, {ordered[0]!r}: at least two are needed.')
     names = ordered if names is None else tuple(names)

@@ -1,6 +1,8 @@
 """Runs on an encoder that are cut off and go on; folders in which a run stands still."""
 
 import json
+import pathlib
+import shutil
 import signal
 
 import jax
@@ -85,8 +87,23 @@ def test_a_run_that_was_cut_off_goes_on(peftjax, files, here, unbroken, tmp_path
     assert rows(out) == rows(unbroken) and bits(out) == bits(unbroken)
     assert (out / 'loss.png').stat().st_size == (unbroken / 'loss.png').stat().st_size
     assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
-    ran = peftjax(*again, '--resume')
+    ran = peftjax(*again, '--resume', '--evaluations', 2)
     assert ran.code == 0 and 'has come to its end' in ran.out
+    other = peftjax(*again, '--resume', '--rate', 1e-5, '--target', 'query/kernel')
+    assert other.code == 2 and 'rate was 0.002 and is 1e-05 now; target was' in other.err
+
+
+def test_a_run_goes_on_under_the_names_of_its_labels(peftjax, files, here, tmp_path, monkeypatch):
+    """Other names in the same order give the same numbers."""
+    out, renamed = tmp_path / 'out', tmp_path / 'renamed.jsonl'
+    renamed.write_text(pathlib.Path(here.train).read_text().replace('"ask"', '"asking"'))
+    again = ('tune', '--model', here.model, *EPOCHS, '--out', out)
+    with monkeypatch.context() as patch:
+        cut_off(patch, interrupt)
+        assert peftjax(*again, '--train', here.train, '--save-every', 2).code == 130
+    ran = peftjax(*again, '--train', renamed, '--resume')
+    assert ran.code == 2 and "labels was ['ask', 'leave', 'praise'] and is ['asking'" in ran.err
+    assert peftjax(*again, '--train', here.train, '--resume').code == 0
 
 
 def test_a_probe_makes_no_steps_and_goes_on_from_its_beginning(
@@ -98,7 +115,8 @@ def test_a_probe_makes_no_steps_and_goes_on_from_its_beginning(
         assert peftjax(*probe, '--out', out).code == 130
     ran = peftjax(*probe, '--out', out, '--resume')
     assert ran.code == 0, ran.err
-    assert peftjax(*probe, '--out', tmp_path / 'unbroken').code == 0
+    again = ('--config', out / 'options.toml', '--out', tmp_path / 'unbroken')
+    assert peftjax('tune', *again).code == 0
     assert bits(out) == bits(tmp_path / 'unbroken') and rows(out) == rows(tmp_path / 'unbroken')
     assert 'has come to its end' in peftjax(*probe, '--out', out, '--resume').out
 
@@ -135,13 +153,55 @@ def test_a_removal_that_was_cut_off_is_ended_by_the_next(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     for name in ('adapter/adapter.json', 'adapter/manifest.json', 'checkpoints/run.json'):
         (tmp_path / name).write_text('x')
-    assert _run_folder.is_finished(tmp_path)
+    assert _run_folder.is_begun(tmp_path) and not _run_folder.is_finished(tmp_path)
     monkeypatch.setattr(_run_folder.shutil, 'rmtree', lambda *_, **__: None)
     _run_folder.clear(tmp_path)
-    assert not _run_folder.is_begun(tmp_path)
+    assert _run_folder.is_finished(tmp_path)
     monkeypatch.undo()
     _run_folder.clear(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ['adapter']
+
+
+def copied(unbroken, tmp_path):
+    """A run that has come to its end, to be replaced."""
+    return pathlib.Path(shutil.copytree(unbroken, tmp_path / 'out'))
+
+
+def test_a_run_that_fails_leaves_the_adapter_that_it_should_replace(
+    peftjax, files, unbroken, tmp_path
+):
+    out = copied(unbroken, tmp_path)
+    ran = peftjax('tune', *files, *EPOCHS, '--rate', 1e30, '--out', out, '--overwrite')
+    assert ran.code == 2 and bits(out) == bits(unbroken), ran.err
+    ran = peftjax('tune', *files, *EPOCHS, '--seed', 4, '--out', out, '--overwrite')
+    assert ran.code == 0 and bits(out) != bits(unbroken), ran.err
+    assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
+
+
+def test_a_run_that_replaces_another_is_taken_up_where_it_was_cut_off(
+    peftjax, files, unbroken, tmp_path, monkeypatch
+):
+    """The adapter beside it is the earlier one: the run has not come to its end."""
+    out, other = copied(unbroken, tmp_path), ('tune', *files, *EPOCHS, '--rate', 1e-3)
+    with monkeypatch.context() as patch:
+        cut_off(patch, interrupt)
+        some = ('--save-every', 2, '--out', out)
+        assert peftjax(*other, *some, '--overwrite').code == 130
+    assert bits(out) == bits(unbroken)
+    ran = peftjax(*other, '--out', out, '--resume')
+    assert ran.code == 0 and 'goes on after step 4' in ran.out, ran.err
+    assert peftjax(*other, '--out', tmp_path / 'new').code == 0
+    assert rows(out) == rows(tmp_path / 'new') and bits(out) == bits(tmp_path / 'new')
+
+
+def test_an_adapter_that_cannot_be_replaced_is_refused_before_the_run(
+    peftjax, files, unbroken, tmp_path
+):
+    out = copied(unbroken, tmp_path)
+    (out / 'adapter/notes').write_text('mine')
+    ran = peftjax('tune', *files, *EPOCHS, '--out', out, '--overwrite')
+    assert ran.code == 2 and 'only a saved adapter is replaced' in ran.err
+    assert rows(out) == rows(unbroken) and (out / 'adapter/notes').is_file()
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(peftjax, files, tmp_path, monkeypatch):

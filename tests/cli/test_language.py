@@ -111,6 +111,13 @@ def test_a_prompt_through_the_chat_template(peftjax, talk, monkeypatch):
     assert [ids[0] for ids in seen] == [4, 2] and list(seen[0][-2:]) == [3, 5]
 
 
+def test_an_update_that_explodes_is_an_error_where_it_is_the_last(tune, tmp_path):
+    some = ('--steps', 1, '--batch', 2, '--length', 16, '--rate', 1e30, '--remat', 'none')
+    ran = tune(*some, '--out', tmp_path / 'out')
+    assert ran.code == 2 and 'lora: the loss must stay finite' in ran.err
+    assert 'after step 1, the last one' in ran.err and not (tmp_path / 'out/adapter').exists()
+
+
 def cut_off(self, step, values, add=Metrics.add):
     add(self, step, values)
     if step == 2:

@@ -77,6 +77,16 @@ def test_what_a_method_does_not_take_is_said(typed, message):
     assert message in str(error.value)
 
 
+def test_the_head_alone_has_no_rate():
+    """None is written down, so that what is written is taken."""
+    options = _options.parse(['tune', '--out', 'o', '--method', 'frozen'])
+    _recipes.settled(options, *_recipes.chosen('frozen'))
+    assert options.rate is None
+    options.rate = 0.1
+    with pytest.raises(ValueError, match='--rate is not for frozen; it is for prompt, .*Leave it'):
+        _recipes.settled(options, *_recipes.chosen('frozen'))
+
+
 def test_the_head_alone_has_no_numbers():
     with pytest.raises(ValueError, match='--rank is not for frozen; it is for lora, dora'):
         settled('--method', 'frozen', '--rank', '4', kind='encoder')

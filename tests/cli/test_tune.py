@@ -35,6 +35,19 @@ def test_texts_come_from_a_file_or_standard_input(peftjax, tuned, tmp_path, monk
     assert peftjax('predict', tuned, '--file', tmp_path / 'texts').out == direct
     monkeypatch.setattr('sys.stdin', io.StringIO('\r\n'.join(TEXTS)))
     assert peftjax('predict', tuned).out == direct
+    pipe = io.TextIOWrapper(io.BytesIO('\ufeff'.encode() + '\r\n'.join(TEXTS).encode()))
+    monkeypatch.setattr('sys.stdin', pipe)
+    assert peftjax('predict', tuned).out == direct
+
+
+def test_texts_are_unicode(peftjax, tuned, monkeypatch):
+    ran = peftjax('predict', tuned, 'fine', b'a\xffb'.decode(errors='surrogateescape'))
+    assert (ran.code, ran.out) == (2, '')
+    assert r"text to label 'a\udcffb' must be Unicode text: character 2 is half of one" in ran.err
+    pipe = io.TextIOWrapper(io.BytesIO(b'fine\na\xffb'), errors='surrogateescape')
+    monkeypatch.setattr('sys.stdin', pipe)
+    ran = peftjax('predict', tuned)
+    assert ran.code == 2 and 'standard input must be UTF-8: byte 6 cannot be read' in ran.err
 
 
 def test_the_accuracy_is_that_of_the_test_file(peftjax, here, tuned_once, tmp_path):
@@ -152,6 +165,25 @@ def test_an_adapter_is_no_place_for_a_run(peftjax, here, tuned):
     ran = peftjax('tune', *here.inputs, *args)
     assert ran.code == 2 and 'must be the folder of a run' in ran.err
     assert sorted(inside.rglob('*')) == before
+
+
+def test_an_update_that_explodes_is_an_error_where_it_is_the_last(peftjax, here, tmp_path):
+    """The loss of a step is before its update: nothing but a further one tells."""
+    for held, batch in (((), 6), (('--eval-part', 0.5), 3)):
+        out = tmp_path / f'out{batch}'
+        some = ('--epochs', 1, '--batch', batch, '--rate', 1e30, *held, '--out', out)
+        ran = peftjax('tune', '--model', here.model, '--train', here.train, *some)
+        assert ran.code == 2 and ' after step 2' in ran.err and 'the learning rate' in ran.err
+        assert not (out / 'adapter').exists() and not (out / 'checkpoints/steps/2').exists()
+
+
+def test_predictions_that_are_not_finite_are_refused(peftjax, tuned, tmp_path):
+    loaded = checkpoint.load(tuned / 'adapter')
+    huge = jax.tree.map(lambda array: array * 1e30, loaded.phi)
+    checkpoint.save(tmp_path / 'huge', loaded.peft, huge, metadata=loaded.metadata)
+    ran = peftjax('predict', tmp_path / 'huge', '--any-base', *TEXTS)
+    assert (ran.code, ran.out) == (2, '') and 'Train it anew' in ran.err
+    assert f'NaN or infinity of {TEXTS[0]!r} (3 of 3 texts)' in ran.err
 
 
 def test_a_loss_that_is_not_finite_is_an_error(peftjax, here, tmp_path):

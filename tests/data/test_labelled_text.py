@@ -86,6 +86,11 @@ def test_a_folder_is_no_file(tmp_path):
         load_labelled(tmp_path / 'folder.csv')
 
 
+def test_columns_without_a_name_may_be_several(tmp_path):
+    path = write(tmp_path, 'text,label,,\nhi,a,,\nho,b,,\n', 'f.csv')
+    assert load_labelled(path).texts == ('hi', 'ho')
+
+
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
@@ -95,6 +100,14 @@ def test_a_folder_is_no_file(tmp_path):
         ('f.csv', 'text,label\n', 'holds no examples'),
         ('f.jsonl', 'grüß'.encode('latin-1'), 'must be UTF-8: byte 2 cannot be read'),
         ('f.jsonl', '{"text": "a", "label": "b"}\n{"text": "a"', 'line 2 must be JSON'),
+        ('f.jsonl', r'{"text": "a \ud800 b", "label": "b"}', "line 1: 'text' must be Unicode"),
+        (
+            'f.jsonl',
+            r'{"text": "a", "label": "\udfff"}',
+            "line 1: 'label' must be Unicode text: ch",
+        ),
+        ('f.jsonl', '[' * 100_000, 'line 1 must be JSON: .*recursion'),
+        ('f.jsonl', '{"label": ' + '9' * 5000 + '}', 'line 1 must be JSON: .*4300 digits'),
         ('f.jsonl', '\n["a", "b"]', 'line 2 must be a JSON object'),
         (
             'f.jsonl',
@@ -105,6 +118,8 @@ def test_a_folder_is_no_file(tmp_path):
         ('f.csv', 'text;label\na;b\n', "no value for 'text', 'label'. Columns found: 'text;label'"),
         ('f.csv', 'text,label\nx,a\ny\n', "line 3: .*no value for 'label'"),
         ('f.csv', 'text,label\nhi, you,a\n', 'line 2 has more cells than the header has columns'),
+        ('f.csv', 'text,label,text\nx,a,y\n', "a name of its own; .* more than one of 'text'. Re"),
+        ('f.csv', 'text,label\nx,ask\ny, ask\nz,b\n', "found ' ask' and 'ask'. Write them alike"),
         ('f.csv', 'text,label\nx,a\n"y"z,b\n', 'after line 2: must be CSV'),
         ('f.jsonl', '{"text": " ", "label": "b"}', "line 1: 'text' must be a text that is not"),
         ('f.csv', 'text,label\nx,a\n"",b\n', "line 3: 'text' must be a text that is not empty"),

@@ -37,6 +37,12 @@ def test_all_three_kinds_are_read_in_order(tmp_path: pathlib.Path):
         ({'prompt': 'a', 'completion': ' '}, "line 2: 'completion' must be a text that is not em"),
         ({'prompt': ['a'], 'completion': 'b'}, "line 2: 'prompt' must be a text"),
         ({'text': ''}, "line 2: 'text' must be"),
+        ({'text': 'a \ud800'}, "line 2: 'text' must be Unicode text: character 3 is half of one"),
+        ({'prompt': 'a', 'completion': '\udfff'}, "line 2: 'completion' must be Unicode text"),
+        (
+            {'messages': [{'role': 'user', 'content': '\udc80'}]},
+            'line 2: message 0 must be Unicode',
+        ),
         ({'messages': []}, 'line 2: .* at least one'),
         ({'messages': [{'content': 'a'}]}, "line 2: message 0 must be an object with a 'role'"),
         ({'messages': [{'role': 'user'}]}, "line 2: message 0 needs a 'content'"),

@@ -1,6 +1,7 @@
 """Trains one method on a language model's rows."""
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -148,9 +149,9 @@ class Fitter:
         evaluation = Evaluation(None if held is None else partial(self.evaluate, held), evaluations)
         if not int(state.step):
             evaluation.report(0, state.phi, watch)
-        drawn = Drawn(batches, self._taken, watch)
-        steps = self.settings.steps
-        state = train(self._step, task.params, state, drawn, steps, watch, evaluation, saving)
+        drawn, steps = Drawn(batches, self._taken, watch), self.settings.steps
+        last = lambda phi: self._mean([some], phi)
+        state = train(self._step, task.params, state, drawn, steps, watch, last, evaluation, saving)
         return Fitted(state.phi, watch.seconds, watch.tokens, self._step.peak_bytes)
 
     def _taken(self, batch: data.LanguageBatch) -> tuple[dict[str, Any], int]:
@@ -161,9 +162,12 @@ class Fitter:
 
     def evaluate(self, rows: data.Rows, phi: Any) -> dict[str, float]:
         """The mean loss of all tokens to learn."""
-        parts = [
-            self._loss(self.task.params, phi, arguments(batch))
-            for batch in data.Batches(rows, self.settings.batch, seed=None)
-        ]
+        return {
+            'evaluation_loss': self._mean(data.Batches(rows, self.settings.batch, seed=None), phi)
+        }
+
+    def _mean(self, batches: Iterable[data.LanguageBatch], phi: Any) -> float:
+        """The mean loss of all tokens to learn in some batches."""
+        parts = [self._loss(self.task.params, phi, arguments(batch)) for batch in batches]
         total, count = (float(sum(map(float, column))) for column in zip(*parts, strict=True))
-        return {'evaluation_loss': total / count}
+        return total / count

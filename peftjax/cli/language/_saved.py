@@ -23,7 +23,10 @@ def save(
     settings: Settings,
     seed: int,
 ) -> pathlib.Path:
-    """Writes the adapter into the folder of the run, whole or not at all; returns where."""
+    """Writes the adapter into the folder of the run, whole or not at all; returns where.
+
+    One of an earlier run is replaced.
+    """
     metadata = {
         'task': LANGUAGE,
         'model': _saved.lasting(task.model),
@@ -33,7 +36,8 @@ def save(
         'settings': dataclasses.asdict(settings),
     }
     where = out / _run_folder.ADAPTER
-    return pj.save(where, peft, fitted.phi, params=task.params, metadata=metadata)
+    how = {'params': task.params, 'metadata': metadata, 'overwrite': True}
+    return pj.save(where, peft, fitted.phi, **how)
 
 
 def load(options: argparse.Namespace, adapter: str) -> tuple[pj.Loaded, dict[str, Any]]:

@@ -21,23 +21,23 @@ def run(options: argparse.Namespace) -> int:
 
 def _tune(options: argparse.Namespace, mesh: Mesh | None) -> int:
     recipe = _recipes.chosen(options.method)
-    place = _going.place(options)
-    if place.is_finished():
-        return 0
-    board = _metrics.board() if options.tensorboard else None
     method = _recipes.settle(options, models.decoder_config(options.model))
     options.pack = _packs(options, method)
+    options.rate = recipe.rate if options.rate is None else options.rate
+    place = _going.place(options)
+    if place.is_finished(options):
+        return 0
+    board = _metrics.board() if options.tensorboard else None
     records = _data.read(options)
     task = _task.load(
         options.model, options.dtype, options.quantize, options.embeddings, options.remat, mesh
     )
     split = _data.rows(task, records, options, options.pack)
-    options.rate = recipe.rate if options.rate is None else options.rate
     settings = _settings(options, split)
     fitter = Fitter(task, task.attach(method), settings)
     say(f'{fitter.peft}\n{_about(split, settings)}')
     batches, times = fitter.batches(split.train, options.seed), options.evaluations
-    with _going.going(place, fitter, batches, settings.steps, options, board) as run:
+    with _going.going(place, fitter, batches, settings.steps, options, board, {}) as run:
         fitted = fitter.fit(split, run.state, batches, times, run.watch, run.saving)
         run.draw(f'{recipe.name}, {options.train}', 'token')
         _saved.save(place.out, task, fitter.peft, fitted, recipe, settings, options.seed)
