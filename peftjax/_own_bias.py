@@ -84,7 +84,7 @@ def _added(output: Pending, bias: StandIn, leaf: Sequence[int]) -> np.ndarray | 
 
 def _made(output: Pending, at: At, leaf: Sequence[int]) -> np.ndarray | None:
     """The numbers of the outputs of a layer at each place of the sum, in the order of its leaf."""
-    y = np.broadcast_to(0, output.value.shape)
+    y: Any = np.broadcast_to(0, output.value.shape)  # moves are of both, NumPy's and JAX's
     for undo, _ in reversed(output.moves):
         y = undo(y)
     made = zip((*at.use.batch, *at.use.free), at.use.places(y), strict=True)
@@ -94,7 +94,8 @@ def _made(output: Pending, at: At, leaf: Sequence[int]) -> np.ndarray | None:
         return None
     paired = [d in at.use.batch for d in where]
     ranked = sorted(zip(paired, axes, where.values(), strict=True), key=lambda r: (not r[0], r[1]))
-    numbers = moved = _laid(y.shape, list(where.values()), [place for *_, place in ranked])
+    numbers = _laid(y.shape, list(where.values()), [place for *_, place in ranked])
+    moved: Any = numbers
     for _, redo in output.moves:
         moved = redo(moved)
     # a reshape that is no view has mixed the outputs with what they lie among

@@ -362,13 +362,7 @@ class PeftForward:
         return dataclasses.replace(self, begins=False)
 
     def __call__(
-        self,
-        params: PyTree,
-        phi: Phi,
-        /,
-        *args: Any,
-        dropout_key: Array | None = None,
-        **kwargs: Any,
+        self, params: PyTree, phi: Phi, *args: Any, dropout_key: Array | None = None, **kwargs: Any
     ) -> PyTree:
         """The wrapped function with the method in place."""
         call = self.peft._call

@@ -110,7 +110,6 @@ class MixedForward:
         self,
         params: PyTree,
         rows: Rows,
-        /,
         *args: Any,
         dropout_key: Array | None = None,
         **kwargs: Any,

@@ -47,7 +47,7 @@ class Forward:
         """The same for tokens that follow others, where virtual tokens were read before them."""
         return Forward(self._wrapped.continued)
 
-    def __call__(self, params: PyTree, phi: Phi, /, *args: Any, **kwargs: Any) -> PyTree:
+    def __call__(self, params: PyTree, phi: Phi, *args: Any, **kwargs: Any) -> PyTree:
         """Calls the wrapped function."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if _traced(leaf)]

@@ -52,6 +52,7 @@ class TrainableTokens(Method):
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ids = self.ids
         plain = isinstance(ids, tuple) and all(type(i) is int and i >= 0 for i in ids)
         if not plain or not ids or len(set(ids)) < len(ids):
