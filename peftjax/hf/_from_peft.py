@@ -72,7 +72,7 @@ def _ia3(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     rule = {key: fields.names(key) for key in ('target_modules', 'exclude_modules')}
     rule['modules_to_save'] = fields.names('modules_to_save')
     forward = fields.names('feedforward_modules')
-    leaves = adapted(model, stored, rule, ('.ia3_l',))
+    leaves = adapted(model, stored, rule, ('.ia3_l',), draft)
     inputs = [p for p, names in leaves.items() if _feeds_forward(names, forward)]
     target = model.target(inputs) if inputs else ()
     if leaves:
