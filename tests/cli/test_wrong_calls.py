@@ -103,6 +103,23 @@ def test_a_wrong_call_says_what_came_and_the_mend(peftjax, place, monkeypatch, t
     assert sorted(os.walk('.')) == before
 
 
+def test_what_does_not_fit_into_memory_is_told(peftjax, place, monkeypatch):
+    from peftjax.cli import _generate
+
+    def run(options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(_generate, 'run', run)
+    typed = ('generate', '--model', place / 'llama', 'hi', '--max-tokens', 10**8)
+    said = 'RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nMore'
+    ran = peftjax(*typed)
+    assert ran.code == 2 and f'--max-tokens {10**8}, --batch 8 need more ({said[:20]}' in ran.err
+    assert ran.err.endswith('4 bytes.). Lower --max-tokens or --batch\n')
+    said = 'something else'
+    with pytest.raises(RuntimeError, match=said):
+        peftjax(*typed)
+
+
 def test_a_word_that_is_no_folder_is_a_prompt_and_said_to_be(place, monkeypatch, capsys):
     from peftjax.cli import _generate, _options
 
