@@ -93,6 +93,23 @@ def test_faults_of_the_configuration(folder, name):
         load(folder)
 
 
+def test_a_type_that_is_not_known_is_told_whatever_its_tensors_are(folder):
+    edit(folder, peft_type='SHIRA')
+    edit_tensors(folder, lambda tensors: tensors | {'shira_indices': np.zeros(2, np.int32)})
+    with pytest.raises(ValueError, match="peft_type must be one of LORA, .*; got 'SHIRA'"):
+        load(folder)
+
+
+def test_names_that_nothing_has_are_listed(folder):
+    names = {'target_modules': ['up', 'downn', 'down'], 'rank_pattern': {'upp': 3}}
+    edit(folder, **names, alpha_pattern={'h.9.up': 5, 'up': 3})
+    assert load(folder).unused == (
+        "target_modules 'downn', which no module has",
+        "rank_pattern 'upp', which no adapted module has",
+        "alpha_pattern 'h.9.up', which no adapted module has",
+    )
+
+
 def test_unknown_things_are_listed_where_allowed(folder):
     edit(folder, new_key=2, idle_key=None, megatron_core='core')
     edit_tensors(folder, lambda t: t | {'base_model.model.stray': np.zeros(2, np.float32)})

@@ -9,10 +9,14 @@ from typing import NoReturn
 from peftjax._processes import ElsewhereError
 from peftjax.cli import _distributed
 from peftjax.cli._options import parse
-from peftjax.cli._wording import told
+from peftjax.cli._wording import told, too_large
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended, as shells have it."""
+
+
+MEMORY = 'RESOURCE_EXHAUSTED'
+"""What XLA says where a device has no room; importing JAX for its error would take a second."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, ElsewhereError) as error:
         print(f'peftjax {options.command}: error: {told(error)}', file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if MEMORY not in str(error):
+            raise
+        print(f'peftjax {options.command}: error: {too_large(error, options)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'peftjax {options.command}: interrupted', file=sys.stderr)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftjax.cli import _whole
+from peftjax.cli._named import Named
 
 FILE = 'options.toml'
 UNSAID = ('command', 'config', 'overwrite', 'resume', 'coordinator', 'process')
@@ -22,7 +23,10 @@ UNSAID = ('command', 'config', 'overwrite', 'resume', 'coordinator', 'process')
 def add_option(sub: argparse.ArgumentParser) -> None:
     """Adds `--config` to a command."""
     sub.add_argument(
-        '--config', metavar='FILE', help='TOML file of options; those typed beside it win'
+        '--config',
+        action=Named,
+        metavar='FILE',
+        help='TOML file of options; those typed beside it win',
     )
 
 
@@ -142,6 +146,8 @@ def _arguments(where: str, key: str, value: Any, action: argparse.Action) -> lis
             raise ValueError(f'{where} must be true or false; got {value!r}')
         no = f'--no-{key}'
         return [f'--{key}'] if value else [no] if no in action.option_strings else []
+    if value == '' == action.default:  # as written where no model was named
+        return []
     parts = value if isinstance(value, list) else [value]
     if any(isinstance(part, bool) or not isinstance(part, str | int | float) for part in parts):
         raise ValueError(f'{where} must be text, a number, or a list of them; got {value!r}')

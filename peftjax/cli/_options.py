@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from peftjax.cli import _config, _distributed, _folder_options, _mesh, _method_options
+from peftjax.cli._named import Named
 from peftjax.cli._numbers import count, part, positive, seed
 from peftjax.cli.language import _options as language
 from peftjax.cli.meta import _options as meta
@@ -73,7 +74,9 @@ def _compare(commands: Any) -> None:
     sub.add_argument(
         '--methods', action=_Methods, help='comma-separated; `list` prints them all and ends'
     )
-    sub.add_argument('--out', default='runs/compare', help='folder for the results (%(default)s)')
+    sub.add_argument(
+        '--out', action=Named, default='runs/compare', help='folder for the results (%(default)s)'
+    )
     sub.add_argument('--overwrite', action='store_true', help='replace earlier results in --out')
 
 
@@ -86,11 +89,15 @@ def _tune(commands: Any) -> None:
     about = 'adapt an encoder or a language model by one method and save the adapter'
     sub = commands.add_parser('tune', help=about, description=about)
     sub.add_argument(
-        '--model', default='', help='folder or hub name of an encoder or language model (MiniLM)'
+        '--model',
+        action=Named,
+        default='',
+        help='folder or hub name of an encoder or language model (MiniLM)',
     )
     sub.add_argument(
         '--train',
         '--data',
+        action=Named,
         help='jsonl or csv with text and label (the shipped messages); for language models jsonl '
         'with messages, prompt and completion, or text',
     )
@@ -109,11 +116,16 @@ def _tune(commands: Any) -> None:
         '--seed', type=seed, default=0, help='of sampling, order and dropout (%(default)s)'
     )
     sub.add_argument(
-        '--out', required=True, help='folder for the adapter, what was measured, and a picture'
+        '--out',
+        action=Named,
+        required=True,
+        help='folder for the adapter, what was measured, and a picture',
     )
     sub.add_argument('--overwrite', action='store_true', help='replace an earlier run in --out')
     sub.add_argument('--text-column', help='name of the column (text)')
-    sub.add_argument('--eval-data', metavar='FILE', help='like --data, to evaluate on')
+    sub.add_argument(
+        '--eval-data', action=Named, metavar='FILE', help='like --data, to evaluate on'
+    )
     sub.add_argument(
         '--eval-part', type=part, metavar='PART', help='or a part of --data, held back (0)'
     )
@@ -134,7 +146,7 @@ def _switch(sub: argparse.ArgumentParser, name: str, text: str) -> None:
 def _tune_encoder(sub: argparse.ArgumentParser) -> None:
     """What `tune` takes for an encoder; None stands for what was not asked for."""
     group = sub.add_argument_group('for encoders')
-    group.add_argument('--test', help='file like --train, with the same labels')
+    group.add_argument('--test', action=Named, help='file like --train, with the same labels')
     group.add_argument(
         '--shots', type=count, help='take only so many examples of each label (all of them)'
     )
@@ -151,10 +163,12 @@ def _generate(commands: Any) -> None:
 def _predict(commands: Any) -> None:
     about = 'label new text with a saved adapter'
     sub = commands.add_parser('predict', help=about, description=about)
-    sub.add_argument('adapter', help='folder that tune or compare left')
+    sub.add_argument('adapter', action=Named, help='folder that tune or compare left')
     sub.add_argument('text', nargs='*', help='texts to label; otherwise --file or standard input')
-    sub.add_argument('--file', help='one text a line')
-    sub.add_argument('--model', help='folder or hub name of the model, where it has moved')
+    sub.add_argument('--file', action=Named, help='one text a line')
+    sub.add_argument(
+        '--model', action=Named, help='folder or hub name of the model, where it has moved'
+    )
     sub.add_argument('--any-base', action='store_true', help='take a model of other weights')
 
 
@@ -162,12 +176,17 @@ def _inspect(commands: Any) -> None:
     about = "print a model's sites or an adapter's content"
     sub = commands.add_parser('inspect', help=about, description=about)
     sub.add_argument(
-        'what', nargs='?', help='folder of a model or of an adapter, or hub name (MiniLM)'
+        'what',
+        action=Named,
+        nargs='?',
+        help='folder of a model or of an adapter, or hub name (MiniLM)',
     )
 
 
 def _model(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument('--model', default='', help='folder or hub name of a BERT or RoBERTa (MiniLM)')
+    sub.add_argument(
+        '--model', action=Named, default='', help='folder or hub name of a BERT or RoBERTa (MiniLM)'
+    )
     sub.add_argument(
         '--max-tokens', type=count, default=64, help='longer texts are cut (%(default)s)'
     )
@@ -175,9 +194,12 @@ def _model(sub: argparse.ArgumentParser) -> None:
 
 def _examples(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        '--train', '--data', help='jsonl or csv with text and label (the shipped messages)'
+        '--train',
+        '--data',
+        action=Named,
+        help='jsonl or csv with text and label (the shipped messages)',
     )
-    sub.add_argument('--test', help='likewise, with the same labels')
+    sub.add_argument('--test', action=Named, help='likewise, with the same labels')
     sub.add_argument('--text-column', default='text', help='name of the column (%(default)s)')
     sub.add_argument('--label-column', default='label', help='name of the column (%(default)s)')
 

@@ -1,5 +1,7 @@
 """Errors in the words of the command line: the library's mends are its arguments, here options."""
 
+import argparse
+
 OPTIONS = {
     'pass allow_other_base=True': 'pass --any-base',
     'print(pj.sites(...)) lists them': 'peftjax inspect lists them',
@@ -13,6 +15,26 @@ OPTIONS = {
     'strict=False to ignore them': '--lenient to ignore them',
 }
 """What the library says, and what it is called on the command line."""
+
+
+SIZES = ('max_tokens', 'length', 'batch')
+"""Options that memory grows with."""
+
+
+def too_large(error: RuntimeError, options: argparse.Namespace) -> str:
+    """The message where a device has no room for what options ask for.
+
+    Args:
+      error: of XLA.
+      options: as parsed.
+    """
+    sizes = [name for name in SIZES if getattr(options, name, None) is not None]
+    said = ', '.join(f'--{name.replace("_", "-")} {getattr(options, name)}' for name in sizes)
+    said = f'{said} need' if said else 'the model needs'
+    mend = f'Lower {" or ".join("--" + n.replace("_", "-") for n in sizes)}' if sizes else (
+        'Take a smaller one')  # fmt: skip
+    first = str(error).splitlines()[0]
+    return f'what is computed must fit into memory; {said} more ({first:.200}). {mend}'
 
 
 def told(error: Exception) -> str:

@@ -8,7 +8,7 @@ from peftjax._method import Method
 from peftjax._types import Path
 from peftjax.hf._config import Fields
 from peftjax.hf._model import Model
-from peftjax.hf._names import targeted
+from peftjax.hf._names import targeted, unmatched
 from peftjax.hf._plan import Plan, Rewrite, require, saved_leaves, whole_leaves
 from peftjax.hf._stored import Stored
 from peftjax.methods import TrainableTokens
@@ -60,7 +60,11 @@ class Draft:
 
 
 def adapted(
-    model: Model, stored: Stored, rule: Mapping[str, Any], suffixes: tuple[str, ...]
+    model: Model,
+    stored: Stored,
+    rule: Mapping[str, Any],
+    suffixes: tuple[str, ...],
+    draft: Draft,
 ) -> dict[Path, tuple[str, ...]]:
     """The leaves that an adapter has tensors for and its configuration asks for.
 
@@ -69,6 +73,7 @@ def adapted(
       stored: the adapter.
       rule: as of `targeted`; without `target_modules`, the tensors alone say it.
       suffixes: of the tensors, at a module's name.
+      draft: where names are listed that no module has.
 
     Returns:
       For each path the stored names of its modules.
@@ -81,7 +86,10 @@ def adapted(
     owners = dict.fromkeys(name.removesuffix(end) for name, end in ends)
     found = [name for name in owners if model.table.weight(name) is not None]
     if rule.get('target_modules', ()) not in ((), 'all-linear'):
-        wanted = [name for name, _ in model.table.adaptable() if targeted(name, rule)]
+        there = [name for name, _ in model.table.adaptable()]
+        dead = unmatched([*there, *found], rule['target_modules'])
+        draft.listed += [f'target_modules {name!r}, which no module has' for name in dead]
+        wanted = [name for name in there if targeted(name, rule)]
         require(wanted, found, stored.where, f'{" or ".join(suffixes)} for every module')
         found = [name for name in found if targeted(name, rule)]
     return whole_leaves(model, found)

@@ -33,7 +33,7 @@ def plan_hub_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) ->
     scaling = fields.text('composition_mode', 'add') == 'scale'
     rank, alpha = fields.integer('r', 8), fields.number('alpha', 8)
     suffix = '.ia3_l' if scaling else '.lora_A.weight'
-    leaves = adapted(model, stored, {}, (suffix,))
+    leaves = adapted(model, stored, {}, (suffix,), draft)
     parts = _parts(fields)
     _check_layers(fields, leaves, model)
     fused = [m for names in leaves.values() for m in names if m.endswith(f'.{FUSED}')]

@@ -11,7 +11,7 @@ from peftjax.hf._config import Fields, whole
 from peftjax.hf._draft import Draft, adapted, plan_tokens
 from peftjax.hf._from_parameters import plan_parameters
 from peftjax.hf._model import Model
-from peftjax.hf._names import pattern_of
+from peftjax.hf._names import fits, pattern_of
 from peftjax.hf._plan import require
 from peftjax.hf._stored import Stored
 from peftjax.methods import Dora, Lora
@@ -57,12 +57,15 @@ def plan_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) -> Non
     _tied(fields, stored, model, draft)
     leaves = dict(parameters.leaves)
     if rule['target_modules'] or not fields.names('target_parameters'):
-        leaves |= adapted(model, stored, rule, SUFFIXES)
+        leaves |= adapted(model, stored, rule, SUFFIXES, draft)
     _check_shared(leaves, model, draft)
     method = _method(fields, leaves, parameters.shares, model) if leaves else None
     if method is not None:
         draft.methods['dora' if isinstance(method, Dora) else 'lora'] = method
     modules = [name for names in leaves.values() for name in names]
+    for key in ('rank_pattern', 'alpha_pattern'):
+        dead = [p for p in fields.patterns(key) if not any(fits(m, p) for m in modules)]
+        draft.listed += [f'{key} {pattern!r}, which no adapted module has' for pattern in dead]
     _biases(fields, stored, model, draft, modules)
     if fields.flag('lora_bias') and method is not None:
         draft.rewrites.append(_lora_bias(model, draft, method, leaves))

@@ -41,20 +41,30 @@ def plan_peft(fields: Fields, stored: Stored, model: Model) -> Plan:
       CheckpointError: a value of the wrong kind, or tensors are missing.
       ValueError: it cannot be represented.
     """
-    kind = fields.text('peft_type')
-    if kind not in KINDS:
-        raise ValueError(
-            f'{fields.where}: peft_type must be one of {", ".join(KINDS)}; got {kind!r:.80}. '
-            'Other methods of PEFT have no counterpart here'
-        )
+    check_kind(fields)
     model.table.align(SUFFIX.sub('', name) for name in stored.tensors)
     draft = Draft()
     for key in BOOKKEEPING:
         fields.value(key)
-    KINDS[kind](fields, stored, model, draft)
+    KINDS[fields.text('peft_type')](fields, stored, model, draft)
     _saved(fields, stored, model, draft)
     draft.unknown |= fields.rest()
     return draft.plan(model)
+
+
+def check_kind(fields: Fields) -> None:
+    """Refuses a method of PEFT that has no counterpart.
+
+    Raises:
+      CheckpointError: its name is no string.
+      ValueError: it has none.
+    """
+    hub = 'peft_type' not in fields.config and 'config' in fields.config
+    if not hub and (kind := fields.text('peft_type')) not in KINDS:
+        raise ValueError(
+            f'{fields.where}: peft_type must be one of {", ".join(KINDS)}; got {kind!r:.80}. '
+            'Other methods of PEFT have no counterpart here'
+        )
 
 
 def _ia3(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
@@ -62,7 +72,7 @@ def _ia3(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     rule = {key: fields.names(key) for key in ('target_modules', 'exclude_modules')}
     rule['modules_to_save'] = fields.names('modules_to_save')
     forward = fields.names('feedforward_modules')
-    leaves = adapted(model, stored, rule, ('.ia3_l',))
+    leaves = adapted(model, stored, rule, ('.ia3_l',), draft)
     inputs = [p for p, names in leaves.items() if _feeds_forward(names, forward)]
     target = model.target(inputs) if inputs else ()
     if leaves:

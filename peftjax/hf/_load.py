@@ -15,7 +15,7 @@ from peftjax._types import ApplyFn, Phi, PyTree
 from peftjax._virtual import POSITIONS
 from peftjax.hf._config import Fields
 from peftjax.hf._from_hub import plan_hub
-from peftjax.hf._from_peft import plan_peft
+from peftjax.hf._from_peft import check_kind, plan_peft
 from peftjax.hf._layout import Layout
 from peftjax.hf._model import Model
 from peftjax.hf._names import Naming, hugging_face_name
@@ -120,7 +120,7 @@ def load_adapter(
     verified = (folder / _manifest.MANIFEST).is_file()
     if verified:
         _manifest.verify(folder, others=True)
-    stored = read_stored(folder, allow_nonfinite=allow_nonfinite)
+    stored = read_stored(folder, allow_nonfinite=allow_nonfinite, check=check_kind)
     opened = open_adapter(stored, apply_fn, params, *args, names=names, strict=strict, **kwargs)
     fields, plan = opened.fields, opened.plan
     for note in plan.notes:

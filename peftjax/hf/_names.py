@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from peftjax._sites import Site
@@ -223,8 +223,18 @@ def _layer(module: str, lists: tuple[str, ...] | str) -> int | None:
 
 def pattern_of(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """The value of the first pattern that fits a module, as PEFT reads `rank_pattern`."""
-    fits = (v for p, v in patterns.items() if re.match(rf'(.*\.)?({p})$', module))
-    return next(fits, default)
+    return next((v for p, v in patterns.items() if fits(module, p)), default)
+
+
+def fits(module: str, pattern: str) -> bool:
+    """Whether a key of `rank_pattern` is of a module."""
+    return re.match(rf'(.*\.)?({pattern})$', module) is not None
+
+
+def unmatched(modules: Collection[str], target: tuple[str, ...] | str) -> list[str]:
+    """The names of `target_modules` that no module has."""
+    names = () if isinstance(target, str) else target
+    return [name for name in names if not any(_found(module, (name,)) for module in modules)]
 
 
 def paths_as_target(chosen: Iterable[Path], every: Iterable[Path]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from peftjax import _safetensors
 from peftjax._arrays import check_finite
 from peftjax._manifest import CheckpointError
-from peftjax.hf._config import NAME, read_config
+from peftjax.hf._config import NAME, Fields, read_config
 
 Tensors = Mapping[str, Any]
 """Tensors by name."""
@@ -72,8 +72,16 @@ class Stored:
         return repr(str(self.folder / NAME))
 
 
-def read_stored(folder: Path, *, allow_nonfinite: bool) -> Stored:
+def read_stored(
+    folder: Path, *, allow_nonfinite: bool, check: Callable[[Fields], None] = lambda fields: None
+) -> Stored:
     """Reads a folder; nothing is unpickled, and no code is taken from it.
+
+    Args:
+      folder: of the adapter.
+      allow_nonfinite: take NaN and Inf.
+      check: looks at the configuration before a tensor is read, and raises where those of its kind
+        cannot be represented, whatever they are.
 
     Raises:
       FileNotFoundError: there is no configuration, or no safetensors file.
@@ -83,6 +91,7 @@ def read_stored(folder: Path, *, allow_nonfinite: bool) -> Stored:
     if not folder.is_dir():
         raise FileNotFoundError(f'an adapter is a folder; there is none at {str(folder)!r}')
     config = read_config(folder)
+    check(Fields(config, repr(str(folder / NAME))))
     hub = 'peft_type' not in config and 'config' in config
     first = folder / (HUB_FILE if hub else PEFT_FILE)
     if not first.is_file():

@@ -85,3 +85,7 @@ def test_a_missing_file_is_said(capsys):
     with pytest.raises(SystemExit):
         _options.parse(['compare', '--config', 'none.toml'])
     assert 'no such file: none.toml' in capsys.readouterr().err
+
+
+def test_no_model_is_written_and_read(parse):
+    assert parse('model = ""').model == ''

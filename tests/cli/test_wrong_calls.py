@@ -103,6 +103,53 @@ def test_a_wrong_call_says_what_came_and_the_mend(peftjax, place, monkeypatch, t
     assert sorted(os.walk('.')) == before
 
 
+EMPTY = {
+    'tune --out new': (
+        '--train',
+        '--data',
+        '--test',
+        '--eval-data',
+        '--out',
+        '--model',
+        '--config',
+    ),
+    'compare': ('--train', '--test', '--out', '--model'),
+    'predict runs/mine': ('--file', '--model'),
+    'generate runs/mine': ('--file', '--model'),
+    'export runs/mine --out new': ('--out', '--base-model'),
+    'import of-peft --model llama --out new': ('--model', '--out'),
+    'merge runs/mine --out new': ('--model', '--out'),
+}
+NAMES = [(typed, name) for typed, names in EMPTY.items() for name in names]
+
+
+@pytest.mark.parametrize(('typed', 'name'), [*NAMES, ('inspect', ''), ('quantize --out new', '')])
+def test_an_empty_name_is_no_name(peftjax, place, monkeypatch, typed, name):
+    """As of a variable that is not set: neither the default is taken for it, nor nothing."""
+    monkeypatch.chdir(place)
+    before = sorted(os.walk('.'))
+    ran = peftjax(*typed.split(), *([name] if name else []), '')
+    assert (ran.code, ran.out) == (2, '') and "name of a file or folder; got ''" in ran.err
+    assert name in ran.err.splitlines()[-1] and sorted(os.walk('.')) == before
+
+
+def test_what_does_not_fit_into_memory_is_told(peftjax, place, monkeypatch):
+    from peftjax.cli import _generate
+
+    def run(options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(_generate, 'run', run)
+    typed = ('generate', '--model', place / 'llama', 'hi', '--max-tokens', 10**8)
+    said = 'RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nMore'
+    ran = peftjax(*typed)
+    assert ran.code == 2 and f'--max-tokens {10**8}, --batch 8 need more ({said[:20]}' in ran.err
+    assert ran.err.endswith('4 bytes.). Lower --max-tokens or --batch\n')
+    said = 'something else'
+    with pytest.raises(RuntimeError, match=said):
+        peftjax(*typed)
+
+
 def test_a_word_that_is_no_folder_is_a_prompt_and_said_to_be(place, monkeypatch, capsys):
     from peftjax.cli import _generate, _options
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from peftjax.cli._named import Named
 from peftjax.cli._numbers import from_zero, part, seed, share
 
 QUANTIZED = ('nf4', 'int4', 'int8')
@@ -45,10 +46,14 @@ def add_generate(sub: argparse.ArgumentParser, count: Any) -> None:
       sub: the parser of the command.
       count: type of an option that counts.
     """
-    sub.add_argument('adapter', nargs='?', help='folder that tune left; none with --model')
+    sub.add_argument(
+        'adapter', action=Named, nargs='?', help='folder that tune left; none with --model'
+    )
     sub.add_argument('prompt', nargs='*', help='otherwise --file or standard input')
-    sub.add_argument('--file', help='one prompt a line')
-    sub.add_argument('--model', help='folder or hub name: alone, or where the base has moved')
+    sub.add_argument('--file', action=Named, help='one prompt a line')
+    sub.add_argument(
+        '--model', action=Named, help='folder or hub name: alone, or where the base has moved'
+    )
     sub.add_argument('--any-base', action='store_true', help='take a model of other weights')
     sub.add_argument(
         '--chat', action='store_true', help="prompts through the model's chat template"

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, NoReturn
 
+from peftjax.cli._named import Named
 from peftjax.cli._numbers import count, place, positive, seed
 
 
@@ -12,7 +13,9 @@ def add(sub: argparse.ArgumentParser) -> None:
     Args:
       sub: its parser.
     """
-    sub.add_argument('--model', default='', help='folder or hub name of a BERT or RoBERTa (MiniLM)')
+    sub.add_argument(
+        '--model', action=Named, default='', help='folder or hub name of a BERT or RoBERTa (MiniLM)'
+    )
     sub.add_argument(
         '--max-tokens', type=count, default=64, help='longer texts are cut (%(default)s)'
     )
@@ -22,7 +25,7 @@ def add(sub: argparse.ArgumentParser) -> None:
         ('test', 'to judge on'),
     ):
         text = f'jsonl or csv with text and label, {what}; no label in two files'
-        sub.add_argument(f'--{name}', required=True, metavar='FILE', help=text)
+        sub.add_argument(f'--{name}', required=True, action=Named, metavar='FILE', help=text)
     for name in ('text', 'label'):
         text = 'name of the column (%(default)s)'
         sub.add_argument(f'--{name}-column', default=name, help=text)
@@ -35,7 +38,9 @@ def add(sub: argparse.ArgumentParser) -> None:
     )
     _learning(sub)
     sub.add_argument('--seed', type=seed, default=0, help='of all that is drawn (%(default)s)')
-    sub.add_argument('--out', default='runs/meta', help='folder for the results (%(default)s)')
+    sub.add_argument(
+        '--out', action=Named, default='runs/meta', help='folder for the results (%(default)s)'
+    )
     sub.add_argument('--overwrite', action='store_true', help='replace earlier results in --out')
     sub.add_argument(
         '--resume',
