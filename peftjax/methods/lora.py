@@ -20,8 +20,8 @@ class Lora(LowRankMethod):
       alpha: the product is scaled by `alpha / rank`; `None` stands for `rank`, hence 1.
       rank_stabilized: scale by `alpha / sqrt(rank)` instead (Kalajdzievski 2023, arXiv:2312.03732).
       dropout: probability with which the input of the low-rank path is dropped, where the
-        forward is given a `dropout_key`; all uses of a leaf in a call draw alike. Lookups, and uses that the plan calls dense, have no such
-        input and know no dropout.
+        forward is given a `dropout_key`; all uses of a leaf in a call draw alike. Lookups, and uses
+        that the plan calls dense, have no such input and know no dropout.
       ranks: other ranks for some paths, `((pattern, rank), …)` or a dict; the first that
         matches counts.
       alphas: other alphas for some paths, likewise.

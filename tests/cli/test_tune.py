@@ -169,12 +169,22 @@ def test_an_adapter_is_no_place_for_a_run(peftjax, here, tuned):
 
 def test_an_update_that_explodes_is_an_error_where_it_is_the_last(peftjax, here, tmp_path):
     """The loss of a step is before its update: nothing but a further one tells."""
-    for held, batch in (((), 6), (('--eval-part', 0.5), 3)):
+    for held, batch in (((), 12), (('--eval-part', 0.5), 6)):
         out = tmp_path / f'out{batch}'
         some = ('--epochs', 1, '--batch', batch, '--rate', 1e30, *held, '--out', out)
         ran = peftjax('tune', '--model', here.model, '--train', here.train, *some)
-        assert ran.code == 2 and ' after step 2' in ran.err and 'the learning rate' in ran.err
-        assert not (out / 'adapter').exists() and not (out / 'checkpoints/steps/2').exists()
+        assert ran.code == 2 and ' after step 1' in ran.err and 'the learning rate' in ran.err
+        assert not (out / 'adapter').exists() and not (out / 'checkpoints/steps/1').exists()
+
+
+def test_the_only_step_trains(peftjax, here, tmp_path):
+    """A rate that rises from zero would leave it without an update."""
+    out, some = tmp_path / 'out', ('--epochs', 1, '--batch', 12)
+    ran = peftjax('tune', '--model', here.model, '--train', here.train, *some, '--out', out)
+    assert ran.code == 0 and '1 steps' in ran.out
+    phi = checkpoint.load(out / 'adapter').phi
+    pairs = [pair for pair in phi['body'].values() if 'b' in pair]
+    assert pairs and all(np.abs(pair['b']).max() > 0 for pair in pairs)
 
 
 def test_predictions_that_are_not_finite_are_refused(peftjax, tuned, tmp_path):
