@@ -1,5 +1,7 @@
 """One call of an apply function, flat: arrays in, arrays out, all else kept aside."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,16 @@ class Call:
         args, kwargs = self._fill(arrays[count:])
         outs, self.out = jax.tree.flatten(self._fn(params, *args, **kwargs))
         return outs
+
+
+def takes(fn: ApplyFn, keyword: str) -> bool:
+    """Whether a function names a keyword that is still open."""
+    try:
+        named = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # what is not written in Python may have no signature
+        return False
+    closed = fn.keywords if isinstance(fn, functools.partial) else {}
+    return keyword in named and keyword not in closed
 
 
 def is_array(leaf: Any) -> bool:

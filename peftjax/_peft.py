@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,15 +10,16 @@ import jax
 from jax.core import Tracer
 
 from peftjax import _beside, _paths, _processes, _virtual
-from peftjax._call import Call, result_shapes
+from peftjax._call import Call, result_shapes, takes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
 from peftjax._interpret import Run, evaluate
 from peftjax._method import Method, float32, typed_key
 from peftjax._pending import Companion
+from peftjax._printed import printed
 from peftjax._quantized import Arrays, is_quantized
 from peftjax._shapes import Shape, differences, shapes_of
-from peftjax._sites import Site, table, trainable
+from peftjax._sites import Site, trainable
 from peftjax._standin import StandIn, bare
 from peftjax._types import ApplyFn, Array, Path, Phi, PyTree
 
@@ -134,7 +134,7 @@ class Peft:
         Raises (at once):
           TypeError: `fn` has a keyword `dropout_key` of its own, which the forward would take.
         """
-        if _takes_key(fn):
+        if takes(fn, 'dropout_key'):
             raise TypeError(
                 'dropout_key is a keyword of the forward, which switches the dropout of the method '
                 f'on; {getattr(fn, "__name__", fn)} has one of its own. Rename that, or close over '
@@ -311,35 +311,7 @@ class Peft:
         _compare('phi', self.phi, shapes_of(phi))
 
     def __str__(self) -> str:
-        rows, served = [], dict(self.served)
-        for (keys, part), chosen in zip(self.method.parts, self.sites, strict=True):
-            for site in chosen:
-                prefix = '/'.join((*keys, site.path)) + '/'
-                mine = [s for s in self.phi if s[0].startswith(prefix)]
-                shapes = ', '.join(f'{p[len(prefix) :]} {_text(shape)}' for p, shape, _ in mine)
-                count = sum(math.prod(shape) for _, shape, _ in mine)
-                taken = ', '.join(served.get(site.path, ('efficient',)))
-                name = type(part).__name__
-                rows.append(
-                    (name, site.path, site.kind, _text(site.shape), shapes, f'{count:,}', taken)
-                )
-        head = ('method', 'path', 'kind', 'weight', 'phi', 'count', 'path taken')
-        total = sum(math.prod(shape) for _, shape, _ in self.leaves)
-        percent = 100 * self.count() / total
-        text = f'{table(head, rows)}\ntotal: {self.count():,} trained, {percent:.3g} % of {total:,}'
-        early = (f'dequantized before its use: {p} ({", ".join(why)})' for p, why in self.early)
-        return '\n'.join([text, *self._passed_over(), *early])
-
-    def _passed_over(self) -> Iterator[str]:
-        """A line for each part whose target finds more than it adapts."""
-        for (_, part), passed in zip(self.method.parts, self.passed, strict=False):
-            kinds: dict[str, list[Path]] = {}
-            for path, kind in passed:
-                kinds.setdefault(kind, []).append(path)
-            if kinds:
-                found = ', '.join(f'{len(p)} {kind} ({p[0]}{" …" * (len(p) > 1)})'
-                                  for kind, p in kinds.items())  # fmt: skip
-                yield f'{type(part).__name__} passes over what its target finds: {found}'
+        return printed(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,16 +341,6 @@ class PeftForward:
         return call(self.fn, Notes(), params, phi, dropout_key, args, kwargs, self.begins)
 
 
-def _takes_key(fn: ApplyFn) -> bool:
-    """Whether a function names a `dropout_key` that is still open."""
-    try:
-        named = inspect.signature(fn).parameters
-    except (TypeError, ValueError):  # what is not written in Python may have no signature
-        return False
-    closed = fn.keywords if isinstance(fn, functools.partial) else {}
-    return 'dropout_key' in named and 'dropout_key' not in closed
-
-
 def _at(phi: Phi, keys: Sequence[str]) -> Any:
     """The phi of one part of a chain."""
     return functools.reduce(lambda tree, key: tree[key], keys, phi)
@@ -405,7 +367,3 @@ def _compare(what: str, expected: Sequence[Shape], found: Sequence[Shape]) -> No
             f'{what} must be of the model that the method was attached to ({len(want)} arrays): '
             f'{wrong}'
         )
-
-
-def _text(shape: Sequence[int]) -> str:
-    return '×'.join(map(str, shape))

@@ -184,7 +184,7 @@ def _check(state: TrainState, batches: Any, events: Any) -> None:
             f'fit trains one state; got a stack of {state.step.shape[0]}. Write the loop of a '
             'vmapped step yourself, as examples/13_many_at_once.py does'
         )
-    if not isinstance(batches, Iterator):
+    if not hasattr(batches, '__next__'):
         raise TypeError(
             f'batches must be an iterator: received {type(batches).__name__}. Give iter(batches), '
             'or itertools.cycle(batches)'
