@@ -85,7 +85,7 @@ def grown(
         raise ValueError(
             f'with {room.length} virtual tokens the function cannot be traced. Perhaps an argument '
             f'sized by the tokens was not lengthened with them (fill=…), or a size is fixed inside '
-            f'the function. Shapes now: {shapes}'
+            f'the function. Shapes now: {shapes}. It says: {str(error).partition(chr(10))[0]:.300}'
         ) from error
     found = []
     for before, after in zip(base, wide, strict=True):

@@ -136,8 +136,8 @@ class Method(abc.ABC):
     """A fine-tuning method: its fields are its configuration.
 
     Attributes:
-      target: a regular expression searched in the paths of sites, or a tuple of them, each of
-        which must find something.
+      target: a regular expression searched in the paths of sites, or several, each of which
+        must find something; stored as a tuple.
     """
 
     target: Target
@@ -159,6 +159,8 @@ class Method(abc.ABC):
         A method with a check of its own calls this first.
         """
         name = type(self).__name__
+        if isinstance(self.target, list):
+            settle(self, target=tuple(self.target))
         for field in (*self.patterned, *self.named):
             settle(self, **{field: pairs(name, field, getattr(self, field))})
         if 'dtype' in vars(self):

@@ -87,12 +87,12 @@ def patterns(target: Target) -> tuple[str, ...]:
     """The regular expressions of a target, checked.
 
     Raises:
-      TypeError: the target is neither a string nor a tuple of strings.
+      TypeError: the target is neither a string nor a tuple or list of strings.
       ValueError: an expression is empty or does not compile.
     """
     several = (target,) if isinstance(target, str) else target
-    if not isinstance(several, tuple) or not all(isinstance(one, str) for one in several):
-        raise TypeError(f'target must be a regular expression or a tuple of them; got {target!r}')
+    if not isinstance(several, tuple | list) or not all(isinstance(one, str) for one in several):
+        raise TypeError(f'target must be a regular expression or several of them; got {target!r}')
     if not several or not all(several):
         raise ValueError(f'target must not be empty; got {target!r}')
     for one in several:
@@ -100,7 +100,7 @@ def patterns(target: Target) -> tuple[str, ...]:
             re.compile(one)
         except re.error as error:
             raise ValueError(f'target {one!r} is not a regular expression: {error}') from error
-    return several
+    return tuple(several)
 
 
 def matches(pattern: str, path: Path) -> bool:

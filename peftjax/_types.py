@@ -19,5 +19,5 @@ ApplyFn: TypeAlias = Callable[..., PyTree]
 Forward: TypeAlias = Callable[..., PyTree]
 """`forward(params, phi, *args, dropout_key=None, **kwargs)`."""
 
-Target: TypeAlias = str | tuple[str, ...]
+Target: TypeAlias = str | tuple[str, ...] | list[str]
 """A regular expression searched in paths, or several of which each must match something."""

@@ -276,16 +276,23 @@ def test_a_pattern_that_finds_only_what_is_unused_says_so():
         attach('spare')
 
 
+def test_a_list_of_patterns_is_a_tuple_of_them():
+    several = pj.Lora(rank=2, target=['kernel', 'scale'])
+    assert several == pj.Lora(rank=2, target=('kernel', 'scale')) and hash(several)
+    assert attach(['kernel']) == attach(('kernel',))
+
+
 @pytest.mark.parametrize(
     'target, error, text',
     [
         ('', ValueError, 'must not be empty'),
         ((), ValueError, 'must not be empty'),
         ('(', ValueError, "'.' is not a regular expression"),
-        (['kernel'], TypeError, 'a regular expression or a tuple of them'),
-        (None, TypeError, 'a regular expression or a tuple of them'),
+        (3, TypeError, 'a regular expression or several of them'),
+        (['kernel', 3], TypeError, 'a regular expression or several of them'),
+        (None, TypeError, 'a regular expression or several of them'),
     ],
 )
-def test_a_target_is_a_pattern_or_a_tuple_of_them(target, error, text):
+def test_a_target_is_a_pattern_or_several(target, error, text):
     with pytest.raises(error, match=text):
         attach(target)

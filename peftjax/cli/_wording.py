@@ -10,6 +10,7 @@ OPTIONS = {
     "(prompt='question')": '(--prompt-column question)',
     'or answers_only=False': 'or leave --answer-only out',
     'or set answers_only=False': 'or leave --answer-only out',
+    'Truncate the text, or pass position_ids': 'Lower --max-tokens or --virtual-tokens',
     'Pass fall_back=True to take': 'Remove the folder of that step to take',
     'Pass strict=False to ignore them': 'Pass --lenient to ignore them',
     'strict=False to ignore them': '--lenient to ignore them',

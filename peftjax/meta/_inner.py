@@ -43,7 +43,7 @@ def adapter(
 
     Raises:
       ValueError: `steps` is not positive, or (when called) a target finds nothing.
-      TypeError: `target` is no regular expression and no tuple of them.
+      TypeError: `target` is no regular expression and not several of them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

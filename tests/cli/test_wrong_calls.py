@@ -133,6 +133,13 @@ def test_an_empty_name_is_no_name(peftjax, place, monkeypatch, typed, name):
     assert name in ran.err.splitlines()[-1] and sorted(os.walk('.')) == before
 
 
+def test_more_tokens_than_positions_are_told_by_their_options(peftjax, here, tmp_path):
+    typed = ('--method', 'prompt', '--virtual-tokens', 60, '--out', tmp_path / 'new')
+    ran = peftjax('tune', *here.inputs, *typed)
+    assert ran.code == 2 and 'at most 40 tokens' in ran.err
+    assert 'Lower --max-tokens or --virtual-tokens' in ran.err
+
+
 def test_what_does_not_fit_into_memory_is_told(peftjax, place, monkeypatch):
     from peftjax.cli import _generate
 
