@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peftjax._jaxprs import Literal, inner, opened, scan_counts
+from peftjax._jaxprs import Literal, inner, opened, scan_counts, turns
 
 
 def flops(jaxpr: Any) -> float:
@@ -70,8 +70,7 @@ def _equation(eqn: Any, asked: Sequence[bool]) -> tuple[float, list[bool]]:
     if name == 'cond':
         return max(counts), every
     needed = found[0][1] if same and len(found) == 1 else every
-    times = eqn.params['length'] if name == 'scan' else 1
-    return sum(counts) * times, needed if len(needed) == len(every) else every
+    return sum(counts) * turns(eqn), needed if len(needed) == len(every) else every
 
 
 def _summed_by_dot(eqn: Any) -> int:

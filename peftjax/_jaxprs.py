@@ -1,5 +1,6 @@
 """What jaxprs offer, alike in all versions of JAX: the only file that imports `jax.extend`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,16 @@ def names_in(eqn: Any) -> list[str]:
 def inner(eqn: Any) -> list[Any]:
     """The jaxprs inside an equation."""
     return list(jex.jaxprs_in_params(eqn.params))
+
+
+def turns(eqn: Any) -> int:
+    """How often the jaxpr inside an equation is run: in a loop, or on parts of arrays."""
+    if eqn.primitive.name == 'scan':
+        return eqn.params['length']
+    if eqn.primitive.name == 'shard_map':  # inside, shapes are those of one device
+        sizes = dict(eqn.params['mesh'].shape)
+        return math.prod(sizes[axis] for axis in eqn.params.get('newly_manual_axes', sizes))
+    return 1
 
 
 def run_as_they_are(eqns: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any], values: Any):

@@ -87,6 +87,8 @@ def next_token_loss(
     """
     _check(hidden, head, targets, weights, bias, chunk)
     own = wide(hidden.dtype)
+    if targets.dtype.itemsize < 4:  # else they could not count to the vocabulary
+        targets = targets.astype(jnp.int32)
 
     def part(shared: Any, tokens: Any) -> Array:
         hidden, targets, weights = tokens
@@ -116,10 +118,14 @@ def next_tokens(labels: Array, segments: Array | None = None) -> Array:
     Returns:
       As `labels`; the last one of each row is -100.
 
+    Raises:
+      TypeError: labels that cannot be -100: unsigned integers, floats.
+
     Example:
       >>> next_tokens(jnp.array([5, 6, 7, 8]), jnp.array([1, 1, 2, 2]))
       Array([   6, -100,    8, -100], dtype=int32)
     """
+    _check_signed('labels', labels)
     last = jnp.full_like(labels[..., :1], -100)
     targets = jnp.concatenate([labels[..., 1:], last], -1)
     if segments is None:
@@ -213,7 +219,14 @@ def _check(hidden: Any, head: Any, targets: Any, weights: Any, bias: Any, chunk:
             f'hidden and head must be floats of one dtype: received {hidden.dtype} and '
             f'{head.dtype}. Cast one of them'
         )
-    if not jnp.issubdtype(targets.dtype, jnp.signedinteger):
-        raise TypeError(f'targets must be signed integers: received {targets.dtype}')
+    _check_signed('targets', targets)
     if chunk < 1:
         raise ValueError(f'chunk must be at least 1: received {chunk}')
+
+
+def _check_signed(name: str, ids: Any) -> None:
+    if not jnp.issubdtype(ids.dtype, jnp.signedinteger):
+        raise TypeError(
+            f'{name} must be signed integers, since -100 says none: received {ids.dtype}. '
+            'Cast them to int32'
+        )

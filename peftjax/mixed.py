@@ -61,7 +61,8 @@ def mixed(
       As of `Peft.wrap`, it has `peft` and `continued`, so that `pj.generate` takes it.
 
     Raises (when traced):
-      ValueError: an argument has not as many rows as the index, or a result has none.
+      ValueError: an argument has not as many rows as the index, a result has none, or `keywords`
+        names what the call does not have.
       TypeError: it is not given `Rows`, or their index is not one of integers.
 
     Example:
@@ -138,6 +139,11 @@ class MixedForward:
     def _axes(self, args: Any, kwargs: Mapping[str, Any], count: int) -> list[int | None]:
         """The axis of rows for each leaf of the arguments, checked; those by name sorted."""
         named, each = dict(self.keywords), self.in_axes
+        if unknown := sorted(set(named) - set(kwargs)):
+            raise ValueError(
+                f'keywords must name arguments of the call; it has no {unknown[0]!r}, but '
+                f'{", ".join(sorted(kwargs)) or "none by name"}. Correct the name, or leave it out'
+            )
         each = each if isinstance(each, tuple) else (each,) * len(args)
         if len(each) != len(args):
             raise ValueError(

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
 from peftjax import _paths
 from peftjax._collectives import collectives
+from peftjax._counts import whole
 from peftjax._flops import flops
 from peftjax._peft import Peft
 from peftjax._types import PyTree
@@ -57,6 +57,7 @@ class Plan:
       trained: number of trained parameters.
       whole: bytes, all devices together, each array once.
       device: bytes on each device.
+      batch: bytes of a batch on each device.
       temporaries: bytes on each device of what a step holds besides: activations kept for the
         backward pass, gradients, and what is needed in passing.
       received: bytes that each device gets from collective operations in a step, by operation;
@@ -71,6 +72,7 @@ class Plan:
     trained: int
     whole: Held
     device: Held
+    batch: int
     temporaries: int
     received: Mapping[str, int]
     flops: float
@@ -81,7 +83,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes on each device while a step runs."""
-        return sum(self.device) + self.temporaries
+        return sum(self.device) + self.batch + self.temporaries
 
     def __str__(self) -> str:
         percent = 100 * self.trained / self.params
@@ -89,6 +91,7 @@ class Plan:
             ('parameters', f'{self.params:,}'),
             ('trained', f'{self.trained:,} ({percent:.3g} %)'),
             *((f'bytes of {name}', self._bytes(i)) for i, name in enumerate(_NAMES)),
+            ('bytes of a batch', _size(self.batch) + self._each),
             ('temporaries of a step', _size(self.temporaries) + self._each),
             ('all of it', _size(self.peak) + self._each),
             *((f'received by {name}', _size(n) + self._each) for name, n in self.received.items()),
@@ -151,7 +154,9 @@ def plan(
       The plan.
 
     Raises:
-      ValueError: `params` is not the tree that the method was attached to.
+      ValueError: `params` is not the tree that the method was attached to, or `tokens` not at least
+        one.
+      TypeError: `tokens` is no integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj
@@ -165,6 +170,7 @@ def plan(
       >>> found.params, found.trained, found.whole.params
       (32768, 768, 131072)
     """
+    tokens = whole('tokens', tokens)
     mesh = _mesh(params, batch)
     state = _state(peft, params, tx)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -178,6 +184,7 @@ def plan(
         trained=peft.count(),
         whole=Held(*(sum(map(_nbytes, jax.tree.leaves(part))) for part in parts)),
         device=Held(*(sum(map(_local_nbytes, jax.tree.leaves(part))) for part in parts)),
+        batch=sum(map(_local_nbytes, jax.tree.leaves(batch))),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         received=_received(text),
         flops=flops(traced.jaxpr),
@@ -229,13 +236,13 @@ def _placed(tree: Any, where: Any) -> Any:
 
 
 def _nbytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    return math.prod(leaf.shape) * leaf.dtype.itemsize  # of keys too
 
 
 def _local_nbytes(leaf: Any) -> int:
     where = getattr(leaf, 'sharding', None)
     shape = leaf.shape if where is None else where.shard_shape(tuple(leaf.shape))
-    return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _size(count: int) -> str:

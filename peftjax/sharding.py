@@ -68,22 +68,31 @@ def by_path(rules: Sequence[Rule], mesh: Mesh, params: PyTree) -> PyTree:
     return _paths.replace(params, placed)
 
 
-def batch_sharding(mesh: Mesh, axes: Sequence[str] = ROWS) -> NamedSharding:
-    """Splits the rows of a batch over those of some axes that the mesh has.
+def batch_sharding(mesh: Mesh, axes: str | Sequence[str] | None = None) -> NamedSharding:
+    """Splits the rows of a batch over axes of a mesh.
 
     Args:
       mesh: any.
-      axes: of it, over which data is split.
+      axes: of it, over which data is split; None for those of `data` and `fsdp` that it has.
 
     Returns:
-      The sharding of arrays `(batch, ...)`, whole on every device where the mesh has none of the
-      axes. Placing an array on it fails where the axes do not divide its rows.
+      The sharding of arrays `(batch, ...)`, whole on every device where there are no axes. Placing
+      an array on it fails where the axes do not divide its rows.
+
+    Raises:
+      ValueError: the mesh has no such axis.
 
     Example:
       >>> batch_sharding(jax.make_mesh((1, 1), ('data', 'model'))).spec[0]
       'data'
     """
-    found = tuple(axis for axis in axes if axis in mesh.axis_names)
+    if axes is None:
+        axes = [axis for axis in ROWS if axis in mesh.axis_names]
+    found = (axes,) if isinstance(axes, str) else tuple(axes)
+    if unknown := [axis for axis in found if axis not in mesh.axis_names]:
+        raise ValueError(
+            f'axes must be among those of the mesh, {mesh.axis_names}; got {unknown[0]!r}'
+        )
     return NamedSharding(mesh, PartitionSpec(found or None))
 
 
@@ -126,12 +135,15 @@ def _along_phi(
     tx: optax.GradientTransformation, opt_state: PyTree, phi: Phi, whole: NamedSharding
 ) -> PyTree:
     is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # of another part of phi
+    is_one = lambda kept: is_masked(kept) or isinstance(kept, list)  # several of one array: SM3
 
     def place(kept: Any, of: Any) -> Any:
+        if isinstance(kept, list):
+            return [whole for _ in kept]
         return kept if is_masked(kept) else of.sharding if kept.shape == of.shape else whole
 
     return optax.tree.map_params(
-        tx, place, opt_state, phi, transform_non_params=lambda _: whole, is_leaf=is_masked
+        tx, place, opt_state, phi, transform_non_params=lambda _: whole, is_leaf=is_one
     )
 
 

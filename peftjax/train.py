@@ -92,11 +92,16 @@ def start(
 
 
 def _apart(state: TrainState) -> TrainState:
-    """Every array once: optimizers that keep phi itself would have it donated twice."""
+    """Every array once, and none of another's: optimizers keep phi itself, or a key of their own.
+
+    What they made of arrays of phi is large, and theirs to give: it is not copied.
+    """
     seen: set[int] = set()
+    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(state.phi)}
 
     def own(leaf: Any) -> Any:
-        known = id(leaf) in seen
+        shape = jnp.shape(leaf)
+        known = id(leaf) in seen or not shape or shape not in shapes
         seen.add(id(leaf))
         return jnp.copy(leaf) if known else leaf
 

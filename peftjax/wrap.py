@@ -36,7 +36,7 @@ class Forward:
         def run(static: Any, params: PyTree, phi: Phi, arrays: Sequence[Array]) -> PyTree:
             structure, rest = static
             filled = iter(arrays)
-            leaves = [next(filled) if kind is _ARRAY else leaf for kind, leaf in rest]
+            leaves = [next(filled) if kind is _ARRAY else _said(kind, leaf) for kind, leaf in rest]
             args, kwargs = jax.tree.unflatten(structure, leaves)
             return wrapped(params, phi, *args, **kwargs)
 
@@ -73,7 +73,13 @@ def _static(leaf: Any) -> tuple[type, Any]:
             f'an argument that is not an array must be hashable; got {leaf!r}. Close over it, or '
             'make arrays of it'
         )
-    return type(leaf), leaf
+    # by its bits: 0.0 equals -0.0, and nan nothing
+    return type(leaf), leaf.hex() if type(leaf) is float else leaf
+
+
+def _said(kind: type, kept: Any) -> Any:
+    """The argument that `_static` was given."""
+    return float.fromhex(kept) if kind is float else kept
 
 
 class Wrapped(NamedTuple):

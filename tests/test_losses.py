@@ -296,6 +296,20 @@ def test_targets_of_labels():
     assert next_tokens(labels, segments).tolist() == [[5, -100, 7, -100], [2, 3, -100, -100]]
 
 
+@pytest.mark.parametrize('dtype', ['uint16', 'uint32', 'float32'])
+def test_labels_that_cannot_say_none_are_refused(dtype: str):
+    with pytest.raises(TypeError, match=f'since -100 says none: received {dtype}. Cast'):
+        next_tokens(jnp.ones((1, 3), dtype))
+
+
+@pytest.mark.parametrize(('dtype', 'vocabulary'), [('int8', 300), ('int16', 40000)])
+def test_narrow_targets_count_to_a_large_vocabulary(dtype: str, vocabulary: int):
+    hidden, head = normal(0, 1, 3, 2), normal(1, 2, vocabulary)
+    targets = jnp.array([[1, 100, -100]], jnp.int32)
+    found = next_token_loss(hidden, head, targets.astype(dtype))
+    assert found == next_token_loss(hidden, head, targets) and np.isfinite(found.total)
+
+
 @pytest.mark.parametrize(
     ('change', 'error', 'message'),
     [
@@ -304,7 +318,11 @@ def test_targets_of_labels():
         ({'weights': WEIGHTS[0]}, ValueError, r'weights must be \(8, 13\)'),
         ({'bias': BIAS[1:]}, ValueError, r'bias must be \(20,\)'),
         ({'head': HEAD.astype('bfloat16')}, TypeError, 'float32 and bfloat16'),
-        ({'targets': TARGETS.astype('uint32')}, TypeError, 'signed integers: received uint32'),
+        (
+            {'targets': TARGETS.astype('uint32')},
+            TypeError,
+            'since -100 says none: received uint32',
+        ),
         ({'chunk': 0}, ValueError, 'chunk must be at least 1: received 0'),
     ],
 )

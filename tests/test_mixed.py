@@ -310,6 +310,8 @@ def test_what_is_no_mixed_batch():
           lambda: pj.mixed(peft, case.fn, in_axes={'x': 0})(params, rows, inputs))  # fmt: skip
     wrong('argument 0 has shape \\(4, 5\\), and axis 2',
           lambda: pj.mixed(peft, case.fn, in_axes=2)(params, rows, inputs))  # fmt: skip
+    named = pj.mixed(peft, case.fn, keywords={'bais': None})
+    wrong("it has no 'bais', but none by name", lambda: named(params, rows, inputs))
     stack = rows._replace(phis={**rows.phis, 'more': jnp.zeros((2, 1))})
     wrong("first axis in common; got 3 at .*2 at 'more'", lambda: forward(params, stack, inputs))
 

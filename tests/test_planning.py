@@ -67,6 +67,14 @@ def test_flops_of_other_products():
     assert flops(jax.make_jaxpr(both)(jnp.ones((3, 3)))) == 2 * 2 * 27
 
 
+def test_products_on_parts_of_arrays_count_for_all_devices():
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, every = (jax.sharding.PartitionSpec(*axes) for axes in (['data'], []))
+    part = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, every), out_specs=rows)
+    x, w = jnp.ones((4, 3)), jnp.ones((3, 5))
+    assert flops(jax.make_jaxpr(part)(x, w)) == flops(jax.make_jaxpr(jnp.matmul)(x, w)) == 2 * 60
+
+
 def test_what_leads_to_no_result_is_not_counted():
     w = jnp.ones((5, 4, 4))
 
@@ -114,8 +122,22 @@ def test_a_plan_counts_bytes_on_each_device():
     assert 0.2 < four.temporaries / one.temporaries < 0.6
     assert one.received == {} and set(four.received) >= {'all-reduce'}
     assert 'received by all-reduce' in str(four)
-    assert one.peak == sum(one.whole) + one.temporaries
+    assert (one.batch, four.batch) == (IDS.size * 4, IDS.size * 2)
+    assert one.peak == sum(one.whole) + one.batch + one.temporaries
     assert 'on each device' in str(four) and 'on each device' not in str(one)
+
+
+def test_a_plan_of_an_optimizer_that_keeps_a_key():
+    params, x = {'kernel': jnp.ones((4, 4))}, jnp.ones((2, 4))
+    peft = pj.attach(pj.Lora(target='kernel', rank=1), lambda p, x: x @ p['kernel'], params, x)
+    loss_fn = lambda params, phi, x, key: (x @ params['kernel']).mean()
+    tx = optax.noisy_sgd(1e-2, key=jax.random.key(0))
+    with jax.numpy_dtype_promotion('standard'):  # of optax
+        found = pj.plan(peft, loss_fn, params, x, tx=tx, tokens=2)
+    assert found.whole.optimizer == 8 + 4
+    for tokens, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match='tokens must be'):
+            pj.plan(peft, loss_fn, params, x, tx=tx, tokens=tokens)
 
 
 def test_a_plan_of_quantized_weights():

@@ -416,6 +416,47 @@ def test_rules_over_quantized_leaves():
     assert found == {'kernel': {'a': ('data',), 'b': (None, 'model')}}
 
 
+def test_a_batch_is_split_over_axes_that_there_are():
+    mesh = mesh_of(data=2, model=4)
+    spec = lambda *axes: pj.sharding.batch_sharding(mesh, *axes).spec
+    assert spec() == spec('data') == spec(['data']) == P('data')
+    assert spec(('data', 'model')) == P(('data', 'model'))
+    for axes in ('dp', ('data', 'dp')):
+        with pytest.raises(ValueError, match="axes of the mesh, .*; got 'dp'|got 'dp'"):
+            spec(axes)
+    assert pj.sharding.batch_sharding(mesh_of(model=8)).spec == P(None)
+
+
+def test_several_arrays_of_one_are_whole():
+    mesh = mesh_of(data=2, model=4)
+    phi = {'x': {'a': jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P('model')))}}
+    found = pj.sharding.state_shardings(optax.sm3(0.1), phi)
+    where = lambda kept: jax.tree.map(lambda s: tuple(s.spec), kept['x']['a'])
+    assert where(found.opt_state[0].mu) == [(), ()] and where(found.opt_state[0].nu) == ('model',)
+
+
+@pytest.mark.parametrize(
+    'method',
+    [
+        pj.TrainableTokens(target='table', ids=(6, 1)),
+        pj.PromptTuning(target='table', length=2),
+        pj.PromptTuning(target='table', length=2, initial=(3, 5)),
+    ],
+    ids=['tokens', 'vocabulary', 'ids'],
+)
+def test_rows_of_a_table_that_is_split_by_rows_on_explicit_axes(method):
+    mesh, alone = mesh_of(AxisType.Explicit, data=2, model=4), {'table': normal(0, 8, 6)}
+    split = jax.device_put(alone, NamedSharding(mesh, P('model', 'data')))
+    peft = pj.attach(method, lambda p, ids: p['table'][ids], alone, jnp.zeros((2, 3), jnp.int32))
+    phi, wanted = (peft.init(jax.random.key(0), params) for params in (split, alone))
+    assert jax.tree.map(np.array_equal, phi, wanted) == jax.tree.map(lambda _: True, wanted)
+    if isinstance(method, pj.TrainableTokens):
+        double = jax.tree.map(lambda leaf: 2 * leaf, wanted)
+        merged = peft.merge(split, jax.device_put(double, peft.shardings(split)))
+        assert merged['table'].sharding == split['table'].sharding
+        np.testing.assert_array_equal(merged['table'], peft.merge(alone, double)['table'])
+
+
 def test_a_step_leaves_phi_where_it_lay():
     """Also where the partitioner would have it elsewhere: else the second step compiled again."""
     mesh = mesh_of(fsdp=2, model=2, data=2)

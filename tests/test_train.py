@@ -212,6 +212,15 @@ def test_optimizers_that_keep_phi_itself(make):
     assert losses[2] <= losses[0] and int(state.skipped) == 0
 
 
+def test_what_an_optimizer_holds_stays_its_own():
+    tx = optax.noisy_sgd(1e-2, key=jax.random.key(1))
+    for _ in range(2):  # its key would have been donated with the first state
+        with jax.numpy_dtype_promotion('standard'):  # of optax
+            params, forward, state = setup(tx)
+            state, _ = pj.train_step(weighted(forward), tx)(params, state, (X, WEIGHTS))
+    assert int(state.step) == 1
+
+
 def test_an_optimizer_is_told_the_loss():
     told = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=1.0, accumulation_size=1)
     tx = optax.chain(optax.sgd(1e-6), told)  # no loss is below zero, so none is better

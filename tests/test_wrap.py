@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,22 @@ def test_static_arguments_that_are_equal_and_of_other_types_are_others():
     forward, phi = pj.lora_wrap(fn, PARAMS, X, 1, key=KEY, rank=2, target='kernel')
     for n in (1, True, 1.0, 0, False):
         np.testing.assert_array_equal(forward(PARAMS, phi, X, n), fn(PARAMS, X, n))
+
+
+def test_static_numbers_are_told_apart_by_their_bits():
+    traced = []
+
+    def fn(params, x, n):
+        traced.append(n)
+        return linear(params, x) * math.copysign(1, n)
+
+    forward, phi = pj.lora_wrap(fn, PARAMS, X, 1.0, key=KEY, rank=2, target='kernel')
+    for n in (0.0, -0.0, math.inf):
+        np.testing.assert_array_equal(forward(PARAMS, phi, X, n), fn(PARAMS, X, n))
+    forward(PARAMS, phi, X, float('nan'))
+    before = len(traced)
+    forward(PARAMS, phi, X, float('nan'))
+    assert len(traced) == before
 
 
 def test_a_static_argument_must_be_hashable():

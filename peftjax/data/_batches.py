@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peftjax.data._index import positions
+
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -113,6 +115,7 @@ def take(
 
     Raises:
       ValueError: `index` is empty or longer than `size`.
+      TypeError: it is of no integers; a mask is none.
 
     Example:
       >>> tokens = Tokens(np.ones((3, 40), np.int32), np.ones((3, 40), np.int32))
@@ -120,7 +123,7 @@ def take(
       >>> batch.input_ids.shape, batch.weights.tolist(), batch.index.tolist()
       ((4, 40), [1.0, 1.0, 0.0, 0.0], [2, 0, 2, 2])
     """
-    index = np.asarray(index, np.int64)
+    index = positions(index)
     if not 1 <= len(index) <= size:
         raise ValueError(f'a batch of size {size} holds 1 to {size} examples: got {len(index)}.')
     filled = np.concatenate([index, np.full(size - len(index), index[0])])

@@ -94,7 +94,7 @@ def one_per_row(samples: Sequence[Sample], length: int, *, pad_id: int = 0) -> R
       As many rows as samples, in order.
 
     Raises:
-      ValueError: no samples, or one that is longer.
+      ValueError: no samples, one without tokens, or one that is longer.
 
     Example:
       >>> sample = Sample(np.arange(3), np.array([False, True, True]))
@@ -120,7 +120,7 @@ def pack(samples: Sequence[Sample], length: int, *, pad_id: int = 0) -> Rows:
       The rows, the same for the same samples, in the order of the first sample in each.
 
     Raises:
-      ValueError: no samples, or one that is longer.
+      ValueError: no samples, one without tokens, or one that is longer.
 
     Example:
       >>> samples = [Sample(np.arange(n), np.ones(n, bool)) for n in (3, 4, 2)]
@@ -154,6 +154,10 @@ def _check(samples: Sequence[Sample], length: int) -> None:
     if not samples:
         raise ValueError('rows need at least one sample, received none.')
     sizes = [len(sample.ids) for sample in samples]
+    if not min(sizes):
+        raise ValueError(
+            f'rows are of samples with tokens: sample {sizes.index(0)} has none. Leave it out.'
+        )
     if max(sizes) > length:
         raise ValueError(
             f'rows of length {length} cannot hold sample {sizes.index(max(sizes))} of {max(sizes)} '

@@ -122,7 +122,7 @@ def _plain(tokenizer: Any, record: Record, eos_id: int | None) -> tuple[list[int
     if eos_id is None:
         raise ValueError('the tokenizer names no end-of-text token: pass eos_id.')
     body = ids_of(tokenizer, record.text or record.prompt + record.completion)
-    before = front(tokenizer, record.text or record.prompt)
+    before = front(tokenizer, record.text or record.prompt + record.completion)
     ids = [*before, *body, eos_id]
     if record.text:
         return ids, [(0, len(ids))]
@@ -139,8 +139,13 @@ def _plain(tokenizer: Any, record: Record, eos_id: int | None) -> tuple[list[int
 def front(tokenizer: Any, text: str) -> list[int]:
     """What the tokenizer puts in front of a text (a beginning-of-text token)."""
     bare, dressed = ids_of(tokenizer, text), ids_of(tokenizer, text, special=True)
-    starts = range(len(dressed) - len(bare) + 1)
-    return dressed[: next(i for i in starts if dressed[i : i + len(bare)] == bare)]
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return dressed[:start]
+    raise ValueError(
+        f'the tokens of {text[:40]!r} change with what the tokenizer puts around them: {bare} '
+        f'alone, {dressed} with it. Take a tokenizer that leaves texts as they are'
+    )
 
 
 def _begins(tokenizer: Any, record: Record, text: str, ids: list[int], mend: str) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.data._index import positions
+
 _Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 
@@ -60,8 +62,11 @@ class Examples:
 
         Returns:
           m examples.
+
+        Raises:
+          TypeError: the index is of no integers; a mask is none.
         """
-        index = np.asarray(index, np.int64)
+        index = positions(index)
         return Examples(tuple(self.texts[i] for i in index), self.labels[index], self.names)
 
 

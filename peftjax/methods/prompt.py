@@ -11,6 +11,7 @@ from peftjax._method import Method, site_key
 from peftjax._rows import check_virtual, need_tokens, rows_view
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn
+from peftjax._table import rows_of
 from peftjax._types import Array, Path, Phi, Target
 from peftjax._virtual import Virtual
 
@@ -129,12 +130,12 @@ class PromptTuning(Method):
                     f"vocabulary of {rows.shape[0]}. Shorten it, or set initial='random'"
                 )
             picked = jax.random.choice(key, rows.shape[0], (self.length,), replace=False)
-            return rows[picked]
+            return rows_of(rows, picked)
         given = tuple(int(i) for i in self.initial)
         ids = [given[i % len(given)] for i in range(self.length)]
         if not all(0 <= i < rows.shape[0] for i in ids):
             raise ValueError(f'initial holds ids outside the vocabulary of {rows.shape[0]}: {ids}')
-        return rows[jnp.asarray(ids)]
+        return rows_of(rows, ids)
 
     def axes(self, site: Site) -> Mapping[str, tuple[int | None, ...]]:
         """See `Method`."""

@@ -11,6 +11,7 @@ from peftjax._lowrank import LowRank, pair_axes
 from peftjax._method import Method, float32
 from peftjax._sites import Site, Sites
 from peftjax._standin import StandIn
+from peftjax._table import rows_of, with_rows
 from peftjax._types import Array, Path, Phi
 
 
@@ -98,13 +99,13 @@ class TrainableTokens(Method):
         """See `Method`: the rows themselves."""
         table = _rows_first(site, leaves[site.path])
         rows = jnp.moveaxis(float32(phi['rows']), len(site.stack), 0).astype(table.dtype)
-        merged = table.at[jnp.asarray(self.ids)].set(rows)
+        merged = with_rows(table, self.ids, rows)
         order = (*site.inputs, *site.stack, *site.outputs)
         return {site.path: jnp.moveaxis(merged, range(site.rank), order)}
 
     def _rows(self, site: Site, table: Array) -> Array:
         """The rows of the table: `(*stack, tokens, *out)`."""
-        rows = _rows_first(site, jnp.asarray(table))[jnp.asarray(self.ids)]
+        rows = rows_of(_rows_first(site, jnp.asarray(table)), self.ids)
         return jnp.moveaxis(float32(rows), 0, len(site.stack))
 
 

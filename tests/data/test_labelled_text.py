@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from peftjax.data import Examples, load_labelled
+from peftjax.data import Examples, Tokens, load_labelled, take
 
 GOOD = [('hi', 'b'), ('yo', 'a'), ('grüß Gott, "you"\nthere', 'b')]
 
@@ -147,6 +147,16 @@ def test_examples_take_rows():
     assert examples.texts == ('z', 'x')
     assert len(examples) == 2
     np.testing.assert_array_equal(examples.labels, [1, 0])
+
+
+@pytest.mark.parametrize('index', [[False, True], [0.7, 1.2]], ids=['mask', 'halves'])
+def test_examples_are_taken_by_position(index):
+    examples = Examples(('x', 'y'), np.array([0, 1]), ('a', 'b'))
+    tokens = Tokens(np.ones((2, 4), np.int32), np.ones((2, 4), np.int32))
+    for taking in (lambda: examples.take(index), lambda: take(tokens, np.array(index), 2)):
+        with pytest.raises(TypeError, match='an index must be integers, received'):
+            taking()
+    assert len(examples.take([])) == 0
 
 
 def test_examples_refuse_labels_that_do_not_fit():

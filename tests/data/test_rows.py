@@ -119,3 +119,5 @@ def test_errors(lay: Any):
         lay([], 4)
     with pytest.raises(ValueError, match='length 4 cannot hold sample 1 of 5 tokens.*max_tokens'):
         lay([Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in (3, 5)], 4)
+    with pytest.raises(ValueError, match='sample 1 has none. Leave it out'):
+        lay([Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in (3, 0)], 4)

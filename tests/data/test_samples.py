@@ -69,6 +69,12 @@ def test_completions_and_texts_end_with_the_end_of_text():
     assert bare.ids.tolist() == encode(text).ids.tolist()
 
 
+def test_a_completion_of_nothing_has_what_begins_a_text():
+    alone = encode(Record(where='', prompt='', completion='forty two'))
+    assert alone.ids.tolist() == encode(Record(where='', text='forty two')).ids.tolist()
+    assert alone.learned.tolist() == [False, *[True] * (len(alone.ids) - 1)]
+
+
 def test_tokens_that_change_with_what_follows_are_refused():
     with pytest.raises(ValueError, match='line 7: the tokens of a prompt must not change.*space'):
         encode(Record(where='f.jsonl, line 7', prompt='a', completion='b ab'))
