@@ -114,7 +114,7 @@ def _real(number: Any) -> np.float32:
         raise TypeError(
             f'evaluate must give a real number: received {number!r:.80}. Return the float of a mean'
         )
-    return np.float32(number)
+    return np.float32(float(number))
 
 
 def _best(state: TrainState) -> Best:
