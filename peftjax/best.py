@@ -107,10 +107,10 @@ class KeepBest:
 
 def _real(number: Any) -> np.float32:
     """A real number, of Python or an array without axes; NumPy would make NaN of None."""
-    dtype = getattr(number, 'dtype', np.dtype(object))
+    axes, dtype = np.ndim(number), getattr(number, 'dtype', np.dtype(object))
     array = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     plain = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if np.ndim(number) or not (plain or array):
+    if axes or not (plain or array):
         raise TypeError(
             f'evaluate must give a real number: received {number!r:.80}. Return the float of a mean'
         )
