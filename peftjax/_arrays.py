@@ -4,7 +4,6 @@ Orbax casts in silence and knows neither empty arrays nor dictionaries whose joi
 hence arrays are stored flat by path, and shapes and dtypes are compared before anything is read.
 """
 
-import errno
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax import _paths, _pieces, _processes
+from peftjax import _disk, _paths, _pieces, _processes
 from peftjax._manifest import CheckpointError
 from peftjax._shapes import differences
 from peftjax._types import Phi
@@ -23,7 +22,7 @@ Spec = tuple[tuple[int, ...], str]
 
 
 def specs(phi: Any, where: str = 'phi') -> Any:
-    """The tree of phi with `[shape, dtype]` for each array, as JSON keeps it.
+    """The tree of phi with `[shape, dtype]` for each array as `host` gives it, as JSON keeps it.
 
     Raises:
       TypeError: phi is not made of dicts with string keys, and arrays.
@@ -33,13 +32,19 @@ def specs(phi: Any, where: str = 'phi') -> Any:
             raise TypeError(f'the keys of phi must be strings; {where} has {list(phi)!r:.80}')
         return {key: specs(one, f'{where}/{key}') for key, one in phi.items()}
     if isinstance(phi, jax.Array | np.ndarray | np.generic):
-        return [list(phi.shape), str(phi.dtype)]
+        return [list(phi.shape), str(native(phi.dtype))]
     raise TypeError(f'phi must be nested dicts of arrays; {where} is {phi!r:.80}')
 
 
 def host(phi: Phi) -> dict[str, np.ndarray]:
     """The arrays of phi by path, in host memory; where parts lie elsewhere, all processes ask."""
-    return {path: _processes.whole(leaf) for path, leaf in _paths.leaves(phi).items()}
+    arrays = {path: _processes.whole(leaf) for path, leaf in _paths.leaves(phi).items()}
+    return {path: a.astype(native(a.dtype), copy=False) for path, a in arrays.items()}
+
+
+def native(dtype: np.dtype) -> np.dtype:
+    """The same numbers in this machine's order of bytes: JAX has no arrays in another one."""
+    return dtype.newbyteorder('=')
 
 
 def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
@@ -66,6 +71,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     Raises:
       OSError: they could not be written.
+      ValueError: Orbax stores no such arrays.
     """
     import orbax.checkpoint as ocp
 
@@ -78,8 +84,10 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
             checkpointer.save(folder, ocp.args.PyTreeSave(_pieces.own(filled)))
-    except ValueError as error:  # TensorStore's way to report any failure of the disk.
-        raise OSError(errno.EIO, str(error), str(folder)) from error
+    except ValueError as error:
+        if (number := _disk.failure(error)) is not None:
+            raise OSError(number, str(error), str(folder)) from error
+        raise ValueError(f'phi must be what Orbax stores: {error}') from error
 
 
 def read(folder: Path, tree: Any) -> Phi:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from peftjax import _disk
 from peftjax._manifest import MANIFEST
 
 
@@ -55,7 +56,7 @@ def whole(target: Path, *, ours: frozenset[str], overwrite: bool, size: int) -> 
             fresh.mkdir()
             try:
                 yield fresh
-                _sync_all(fresh)
+                _disk.sync_all(fresh)
                 _swap(fresh, target)
             finally:
                 _remove(fresh)
@@ -145,24 +146,8 @@ def _swap(fresh: Path, target: Path) -> None:
         if os.path.lexists(old):
             os.rename(old, target)
         raise
-    _sync(target.parent)
+    _disk.sync(target.parent)
     _remove(old)
-
-
-def _sync_all(folder: Path) -> None:
-    """Brings files, then the folders that name them, to the disk."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _sync(Path(place, name))
-        _sync(Path(place))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sibling(target: Path, what: str) -> Path:

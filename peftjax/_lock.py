@@ -10,6 +10,9 @@ FILE = 'lock'
 class Lock:
     """Held from its making until `release`, or until the process ends in whatever way.
 
+    A process that was forked from the holder has a handle too, and neither keeps the lock beyond
+    its release nor releases it.
+
     Args:
       folder: what to hold; it is there.
 
@@ -34,9 +37,14 @@ class Lock:
                 'Wait for it to end, or choose another folder',
                 str(folder),
             ) from error
+        self._owner = os.getpid()
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f'process {os.getpid()} of {os.uname().nodename}\n'.encode(), 0)
 
     def release(self) -> None:
         """Lets others write."""
+        import fcntl
+
+        if os.getpid() == self._owner:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # closing leaves it to a child's handle
         os.close(self._handle)

@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from peftjax import _disk
+
 FORMAT = 1
 MANIFEST = 'manifest.json'
 FOREIGN = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.npz', '.npy')
@@ -31,9 +33,7 @@ def seal(folder: Path, writer: str) -> None:
         name: {'bytes': path.stat().st_size, 'sha256': _digest(path)}
         for name, path in _walk(folder).items()
     }
-    part = folder / f'.{MANIFEST}.part'
-    part.write_text(_text(files, writer), encoding='utf-8')
-    part.replace(folder / MANIFEST)
+    _disk.write(folder / MANIFEST, _text(files, writer))
 
 
 def verify(folder: Path, *, others: bool = False) -> None:

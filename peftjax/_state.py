@@ -19,12 +19,13 @@ def specs(state: PyTree) -> dict[Path, Spec]:
 
     Raises:
       TypeError: a leaf is no array.
+      ValueError: two leaves share one path.
     """
     found: dict[Path, Spec] = {}
     for path, leaf in _leaves(state):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             raise TypeError(f'a state must be made of arrays; {path!r} is {leaf!r:.80}')
-        found[path] = [list(leaf.shape), str(leaf.dtype)]
+        found[path] = [list(leaf.shape), str(_dtype(leaf))]
     return found
 
 
@@ -43,7 +44,7 @@ def rebuilt(like: PyTree, arrays: Mapping[Path, Any]) -> PyTree:
 
     def leaf(path: Path, old: Any) -> Any:
         if not _filled(old):
-            return jnp.zeros(old.shape, old.dtype)
+            return jnp.zeros(old.shape, _dtype(old))
         new = arrays[path] if _is_bound(old) else jnp.array(np.asarray(arrays[path]))
         return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
 
@@ -53,7 +54,20 @@ def rebuilt(like: PyTree, arrays: Mapping[Path, Any]) -> PyTree:
 
 def _leaves(state: PyTree) -> list[tuple[Path, Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [(jax.tree_util.keystr(keys, simple=True, separator='/'), leaf) for keys, leaf in flat]
+    paths = [jax.tree_util.keystr(keys, simple=True, separator='/') for keys, _ in flat]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f'each array of a state needs a path of its own; {twice!r} names two. Rename a key'
+        )
+    return [(path, leaf) for path, (_, leaf) in zip(paths, flat, strict=True)]
+
+
+def _dtype(leaf: Any) -> Any:
+    """The dtype that an array has in a step: JAX has neither all of NumPy's nor all its orders."""
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype
+    return jax.dtypes.canonicalize_dtype(leaf.dtype.newbyteorder('='))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -81,7 +95,7 @@ def _bits(leaf: Any) -> Any:
 def _copy(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf  # with several processes a state is written before it is donated
-    return np.array(leaf)  # a CPU's buffer would be written over by the next step
+    return np.array(leaf, _dtype(leaf))  # a CPU's buffer would be written over by the next step
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -89,4 +103,4 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, 'sharding', None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(bits.shape, _dtype(bits), sharding=sharding)

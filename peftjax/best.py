@@ -2,13 +2,16 @@
 
 import dataclasses
 import logging
+import numbers
 import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax._counts import whole
 from peftjax._types import Phi
 from peftjax.train import Best, TrainState
 
@@ -35,6 +38,8 @@ class KeepBest:
     Raises:
       ValueError: `min_delta` is negative or `patience` not positive; (from the call) the state
         keeps no best phi, or the evaluation gives no number of that name.
+      TypeError: `patience` is no integer; (from the call) what the evaluation gives is no real
+        number, such as the None of a `return` that was forgotten.
 
     Example:
       >>> import itertools, jax, jax.numpy as jnp, optax, peftjax as pj
@@ -62,8 +67,8 @@ class KeepBest:
     def __post_init__(self) -> None:
         if not self.min_delta >= 0:
             raise ValueError(f'min_delta must be at least 0: received {self.min_delta}')
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f'patience must be at least 1, or None: received {self.patience}')
+        if self.patience is not None:
+            whole('patience', self.patience)
 
     def __call__(self, step: int, state: TrainState) -> TrainState:
         """The state with the best phi after this step."""
@@ -89,15 +94,27 @@ class KeepBest:
     def _value(self, found: float | Mapping[str, float]) -> np.float32:
         """The number that counts, in the precision of the one that it is compared with."""
         if self.by is None and not isinstance(found, Mapping):
-            return np.float32(found)
+            return _real(found)
         if self.by is not None and isinstance(found, Mapping) and self.by in found:
-            return np.float32(found[self.by])
+            return _real(found[self.by])
         names = sorted(found) if isinstance(found, Mapping) else 'a number without a name'
         raise ValueError(f'evaluate must give a number by={self.by!r}; it gives {names}')
 
     def _is_better(self, value: float, before: float) -> bool:
         gain = value - before if self.maximize else before - value
         return np.isfinite(value) and (np.isnan(before) or gain > self.min_delta)
+
+
+def _real(number: Any) -> np.float32:
+    """A real number, of Python or an array without axes; NumPy would make NaN of None."""
+    axes, dtype = np.ndim(number), getattr(number, 'dtype', np.dtype(object))
+    array = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    plain = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if axes or not (plain or array):
+        raise TypeError(
+            f'evaluate must give a real number: received {number!r:.80}. Return the float of a mean'
+        )
+    return np.float32(float(number))
 
 
 def _best(state: TrainState) -> Best:

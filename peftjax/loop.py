@@ -110,12 +110,15 @@ def fit(
       on_loss: what is done with each loss.
       events: what happens between steps, before a checkpoint of the same step.
       checkpoints: where states are saved: every `save_every` steps, at the end, on SIGTERM.
-      save_every: steps between checkpoints.
+      save_every: steps between checkpoints. One that is left between two of them, where a run
+        ends, goes after the next.
       not_finite: what follows on a step that made no update because its loss, its gradient or what
         the optimizer made of it was not finite. `'skip'` logs it and goes on; `'stop'` ends the
-        training; `'restore'` goes on from phi and optimizer of the newest checkpoint, with the
-        next batch.
-      patience: how many such steps in a row, or restorations in all, end the training too.
+        training; `'restore'` goes on from phi and optimizer of the newest checkpoint of a multiple
+        of `save_every`, with the next batch, as soon as it is known after a multiple of
+        `fetch_every` or `save_every`.
+      patience: how many such steps in a row, or restorations in all, end the training too. Both are
+        counted in the checkpoints: a run that was cut off ends as the unbroken one.
       fetch_every: steps between two fetches of losses.
 
     Returns:
@@ -124,7 +127,8 @@ def fit(
     Raises:
       NotFiniteError: as said by `not_finite` and `patience`; the newest checkpoint is finite.
       Terminated: on SIGTERM.
-      ValueError: there are too few batches, or a number is not positive.
+      ValueError: there are too few batches, or a number is not positive, or the folder of the
+        checkpoints holds steps that the state does not follow on.
       TypeError: the batches are no iterator or, with checkpoints, do not say where they stand; the
         state is a stack; an event is none, or a number no integer.
 
@@ -149,7 +153,8 @@ def fit(
     _check(state, batches, events)
     if checkpoints is not None:
         checkpoints.position(batches)  # refused before the first step, not after it
-    watch = _Losses(on_loss, not_finite, patience, checkpoints, int(state.skipped))
+        checkpoints.check(state)
+    watch = _Losses(on_loss, not_finite, patience, checkpoints, save_every, int(state.skipped))
     if _over(events, state):
         return state
     with _terminations() as told:
@@ -157,17 +162,20 @@ def fit(
             state, loss = step(params, state, _next(batches, count, steps))
             watch.add(count, loss, state)
             due = [event for event in events if event.due(count)]
-            save = count == steps or count % save_every == 0
-            if due or save:
-                state = watch.fetch(state, everything=True)
-            elif count % fetch_every == 0:
-                state = watch.fetch(state)
+            save, group = count % save_every == 0, count % fetch_every == 0
+            if due or save or count == steps:
+                watch.fetch(everything=True)
+            elif group:
+                watch.fetch()
+            if save or group:
+                state = watch.settled(state, count if save else count - 1)
             state, stopped = _happen(due, count, state)
-            if stopped := stopped or told(count):
-                state = watch.fetch(state, everything=True)
-            if checkpoints is not None and (save or stopped):
-                checkpoints.save(state, checkpoints.position(batches))
-            if stopped:
+            if ended := stopped or told(count) or count == steps:
+                watch.fetch(everything=True)
+            if checkpoints is not None and (save or ended):
+                where = checkpoints.position(batches)
+                checkpoints.save(state, where, every=save_every, counts=watch.counts())
+            if ended:
                 break
     if checkpoints is not None:
         checkpoints.wait()
@@ -261,6 +269,7 @@ class _Losses:
         policy: Policy,
         patience: int,
         checkpoints: Checkpoints | None,
+        every: int,
         skipped: int,
     ):
         if policy not in ('skip', 'stop', 'restore'):
@@ -268,26 +277,41 @@ class _Losses:
         if policy == 'restore' and checkpoints is None:
             raise ValueError("not_finite='restore' needs checkpoints to restore from")
         self._on_loss, self._policy, self._patience = on_loss, policy, patience
-        self._checkpoints = checkpoints
+        self._checkpoints, self._every = checkpoints, every
         self._waiting: list[tuple[int, jax.Array, jax.Array]] = []
-        self._skipped, self._row, self._restored = skipped, 0, 0
+        counts = {} if checkpoints is None else checkpoints.counts
+        self._skipped, self._bad = skipped, list(counts.get('bad', ()))
+        self._row, self._restored = counts.get('row', 0), counts.get('restored', 0)
+
+    def counts(self) -> dict[str, Any]:
+        """What a run that goes on must know: steps in a row, restorations, steps to settle."""
+        return {'row': self._row, 'restored': self._restored, 'bad': self._bad}
 
     def add(self, step: int, loss: jax.Array, state: TrainState) -> None:
         """Takes note of a step that was begun."""
         self._waiting.append((step, loss, jnp.copy(state.skipped)))
 
-    def fetch(self, state: TrainState, everything: bool = False) -> TrainState:
-        """Hands losses on, all but the newest unless told; returns the state to go on from."""
+    def fetch(self, everything: bool = False) -> None:
+        """Hands losses on, all but the newest unless told."""
         cut = len(self._waiting) if everything else len(self._waiting) - 1
         now, self._waiting = self._waiting[:cut], self._waiting[cut:]
-        bad = False
-        for step, loss, skipped in jax.device_get(now):
+        for step, loss, skipped in jax.device_get(now) if now else ():
             if self._on_loss is not None:
                 self._on_loss(int(step), float(loss))
             self._row = self._row + 1 if skipped > self._skipped else 0
             if self._row:
+                self._bad.append(int(step))
                 self._judge(int(step), float(loss))
-            bad, self._skipped = bad or self._row > 0, skipped
+            self._skipped = skipped
+
+    def settled(self, state: TrainState, step: int) -> TrainState:
+        """The state to go on from, after what has happened up to a step.
+
+        When that is asked must not depend on where a run was cut off, nor on what else is due; what
+        was learned of later steps meanwhile waits.
+        """
+        bad = any(one <= step for one in self._bad)
+        self._bad = [one for one in self._bad if one > step]
         return self._again(state) if bad and self._policy == 'restore' else state
 
     def _judge(self, step: int, loss: float) -> None:
@@ -299,9 +323,13 @@ class _Losses:
             )
 
     def _again(self, state: TrainState) -> TrainState:
-        """Phi and optimizer of the newest checkpoint, at the step where the run is."""
+        """Phi and optimizer of the newest checkpoint, at the step where the run is.
+
+        Of those that the unbroken run has too: others were left where this one was cut off.
+        """
         assert self._checkpoints is not None
-        found, self._restored = self._checkpoints.restore(state), self._restored + 1
+        found = self._checkpoints.earlier(state, self._every)
+        self._restored += 1
         if found is None or self._restored > self._patience:
             tried = 'nothing was saved yet' if found is None else (
                 f'{self._patience} restorations did not help')  # fmt: skip

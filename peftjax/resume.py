@@ -6,8 +6,6 @@ steps/<n>/      the state after n batches, as Orbax stores it, and the sha256 of
 """
 
 import concurrent.futures
-import errno
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,20 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peftjax import _manifest, _position, _processes, _serialize, _state
-from peftjax._fingerprint import Fingerprint
+from peftjax import _disk, _position, _processes, _run_file, _state
+from peftjax._counts import whole
 from peftjax._lock import FILE as LOCK  # noqa: F401
 from peftjax._lock import Lock
 from peftjax._manifest import CheckpointError
 from peftjax._peft import Peft
+from peftjax._run_file import FILE as FILE
+from peftjax._run_file import STEPS
 from peftjax._shapes import differences
 from peftjax._steps import Steps
 from peftjax._types import PyTree
 from peftjax._version import __version__
 from peftjax.train import TrainState
 
-FILE = 'run.json'
-STEPS = 'steps'
 _log = logging.getLogger('peftjax')
 
 
@@ -37,7 +35,8 @@ class Restored(NamedTuple):
     """Where a run stood.
 
     Attributes:
-      state: bit for bit as it was saved.
+      state: bit for bit as it was saved; arrays of NumPy as a step takes them, in the dtype that
+        JAX has for theirs.
       data: as given to `save`, such as the state of an iterator.
       step: the number of batches seen.
     """
@@ -60,14 +59,18 @@ class Checkpoints:
       peft: as from `attach`.
       params: theta, for its fingerprint.
       settings: whatever else must be the same when the run goes on, as JSON keeps it.
-      keep: how many of the newest steps stay on disk.
-      other_settings: names of settings that may differ from those of an earlier start.
+      keep: how many of the newest steps stay on disk, as `save` counts them.
+      other_settings: names of settings, each in a tuple, that may differ from those of an earlier
+        start.
 
     Raises:
       BlockingIOError: another process writes to the folder.
       CheckpointError: run.json is damaged, or of another version.
       FileExistsError: the folder holds steps of something else.
-      ValueError: the folder is of another run, or `keep` is not positive.
+      ValueError: the folder is of another run, `keep` is not positive, or a name in
+        `other_settings` is of no setting.
+      TypeError: `keep` is no integer, `other_settings` no tuple of names, or JSON does not keep the
+        settings.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax as pj, tempfile
@@ -99,12 +102,11 @@ class Checkpoints:
         keep: int = 2,
         other_settings: tuple[str, ...] = (),
     ):
-        if keep < 1:
-            raise ValueError(f'keep must be at least 1: received {keep}')
+        keep, other_settings = whole('keep', keep), _run_file.names(other_settings)
         self._folder = Path(directory).absolute()
-        own = _own(peft, params, settings or {})
+        own = _run_file.own(peft, params, settings or {})
         self._lock: Lock | None = _processes.led(
-            'take the run folder', lambda: _take(self._folder, own, other_settings)
+            'take the run folder', lambda: _run_file.take(self._folder, own, other_settings)
         )
         try:
             self._steps = Steps(self._folder / STEPS, keep, f'peftjax {__version__}')
@@ -113,6 +115,8 @@ class Checkpoints:
             raise
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._writing: concurrent.futures.Future[None] | None = None
+        self._at: int | None = None  # the step that the run goes on from
+        self._counts: Mapping[str, Any] = {}
 
     def __enter__(self) -> 'Checkpoints':
         """Itself."""
@@ -127,15 +131,37 @@ class Checkpoints:
         self.wait()
         return self._steps.sealed()
 
-    def save(self, state: TrainState, data: Any = None) -> None:
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """What was counted up to the state that the run goes on from, as given to `save`."""
+        self.wait()
+        return self._counts
+
+    def save(
+        self,
+        state: TrainState,
+        data: Any = None,
+        *,
+        every: int = 1,
+        counts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begins to write a state, once the one before is written; it may then be donated.
+
+        A folder that holds steps is written to once `resume` or `restore` has said where the run
+        goes on. Steps after that one, from which a run was taken back or which are damaged, are
+        removed as soon as the state is stored, and that is logged.
 
         Args:
           state: after any step.
           data: whatever else is needed to go on, as JSON keeps it.
+          every: steps between two states of the unbroken run. The newest that stay are among
+            those; one between them, which a run that was cut off has left, goes after the next.
+          counts: what a loop counts beside the state, as JSON keeps it.
 
         Raises:
           OSError: the state before this one could not be written.
+          ValueError: the state does not follow on the step that the run goes on from; two arrays of
+            it share one path; Orbax does not store what the state before this one holds.
           TypeError: the state or the data cannot be saved.
         """
         if np.ndim(state.step):
@@ -143,13 +169,37 @@ class Checkpoints:
                 f'a checkpoint is of one state; got a stack of {state.step.shape[0]}. Keep members '
                 'apart, by pj.unstack, each in a folder of its own'
             )
-        about = {'specs': _state.specs(state), 'data': _position.kept('data', data)}
+        about = {
+            'specs': _state.specs(state),
+            'data': _position.kept('data', data),
+            'counts': _position.kept('counts', dict(counts or {})),
+        }
         arrays, step = _state.held(state), int(state.step)
-        self.wait()
+        self.check(state)
         if _processes.several():  # they meet while they write, and may not meet elsewhere meanwhile
-            self._write(step, arrays, about)
+            self._write(step, arrays, about, every)
         else:
-            self._writing = self._thread.submit(self._write, step, arrays, about)
+            self._writing = self._thread.submit(self._write, step, arrays, about, every)
+
+    def check(self, state: TrainState) -> None:
+        """Refuses a state that does not follow on the step that the run goes on from.
+
+        Raises:
+          OSError: the state that is being written could not be.
+          ValueError: there are steps, and neither `resume` nor `restore` has said which one that
+            is; or the state is from before it.
+        """
+        found, step = self.steps(), int(state.step)
+        if self._at is None and found:
+            raise ValueError(
+                f'a run goes on from one of its steps; {str(self._folder)!r} holds {found}, and '
+                'none was taken. Call resume or restore first, or choose another folder'
+            )
+        if self._at is not None and step < self._at:
+            raise ValueError(
+                f'a run goes on from its step {self._at}: received a state of step {step}. Take it '
+                'back by restore(step=...), or choose another folder'
+            )
 
     def resume(self, state: TrainState, batches: Any, *, fall_back: bool = False) -> TrainState:
         """Goes on where the run stopped, or begins it.
@@ -189,6 +239,7 @@ class Checkpoints:
 
         Raises:
           OSError: it could not be written; earlier steps are as they were.
+          ValueError: Orbax does not store what it holds; likewise.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -201,7 +252,7 @@ class Checkpoints:
 
         Args:
           like: a state of the same shapes, as from `start`; arrays are read to where its own live.
-          step: one of `steps()` instead of the newest.
+          step: one of `steps()` instead of the newest: the run is taken back to it.
           fall_back: where that one is damaged, take the newest before it that is not, and log it.
 
         Returns:
@@ -218,19 +269,38 @@ class Checkpoints:
         tried = [one for one in reversed(found) if step is None or one <= step]
         for one in tried:
             try:
-                return self._read(one, like)
+                restored, self._counts = self._read(one, like)
             except CheckpointError as error:
                 if not fall_back:
                     raise CheckpointError(
                         f'{error}. Pass fall_back=True to take an earlier step'
                     ) from error
                 _log.warning('step %d is damaged, an earlier one is taken: %s', one, error)
+            else:
+                self._at = one
+                return restored
         if tried:
             raise CheckpointError(
                 f'a step must be whole to go on from; of {tried} in {str(self._folder)!r} none is. '
                 'Start anew in another folder'
             )
         return None
+
+    def earlier(self, like: TrainState, every: int) -> Restored | None:
+        """The newest state of a multiple of so many steps; the run goes on where it is.
+
+        Args:
+          like: as of `restore`.
+          every: as of `save`.
+
+        Returns:
+          The state, or None where no such step is on disk.
+
+        Raises:
+          CheckpointError: a file is damaged, missing or unknown.
+        """
+        found = [step for step in self.steps() if step % every == 0]
+        return self._read(found[-1], like)[0] if found else None
 
     def close(self) -> None:
         """Waits for what is being written, and lets others write to the folder."""
@@ -245,18 +315,25 @@ class Checkpoints:
         if self._lock is not None:
             self._lock.release()
 
-    def _write(self, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def _write(
+        self, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any], every: int
+    ) -> None:
         try:
-            self._steps.write(step, arrays, about)
-        except Exception as error:  # TensorStore reports a failure of the disk as a ValueError.
+            self._steps.write(step, arrays, about, self._at, every)
+        except Exception as error:
             size = sum(array.nbytes for array in arrays.values())
-            raise OSError(
-                getattr(error, 'errno', None),
+            failed = (
                 f'step {step} could not be saved ({size:,} bytes) in {str(self._folder)!r}: '
-                f'{error}. Earlier steps are as they were. Free space, or choose another place',
-            ) from error
+                f'{error}. Earlier steps are as they were'
+            )
+            if (number := _disk.failure(error)) is not None:
+                said = f'{failed}. Free space, or choose another place'
+                raise OSError(number, said) from error
+            raise ValueError(f'{failed}. Give a state that Orbax stores') from error
+        self._at, self._counts = step, about['counts']
 
-    def _read(self, step: int, like: TrainState) -> Restored:
+    def _read(self, step: int, like: TrainState) -> tuple[Restored, Mapping[str, Any]]:
+        """A state, and what was counted up to it; earlier versions counted nothing."""
         about = self._steps.about(step)
         want = _state.specs(like)
         if wrong := differences(want, about['specs']):
@@ -265,7 +342,8 @@ class Checkpoints:
                 f'{wrong}. Make it with the same method and optimizer'
             )
         arrays = self._steps.arrays(step, _state.targets(like))
-        return Restored(_state.rebuilt(like, arrays), about['data'], step)
+        restored = Restored(_state.rebuilt(like, arrays), about['data'], step)
+        return restored, about.get('counts', {})
 
 
 def check_free(directory: str | os.PathLike[str]) -> None:
@@ -283,94 +361,3 @@ def check_free(directory: str | os.PathLike[str]) -> None:
       ...     check_free(directory)
     """
     Lock(Path(directory)).release()
-
-
-def _own(peft: Peft, params: PyTree, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run is made of, as JSON keeps it."""
-    return {
-        'method': str(peft.method),
-        'peft': _serialize.encode(peft),
-        'fingerprint': _serialize.encode(Fingerprint.of(params)),
-        'settings': _position.kept('settings', dict(settings)),
-    }
-
-
-def _take(folder: Path, own: Mapping[str, Any], other: tuple[str, ...]) -> Lock:
-    """Makes a folder this run's and this process's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder)
-    try:
-        _claim(folder / FILE, own, other)
-    except BaseException:
-        lock.release()
-        raise
-    return lock
-
-
-def _claim(path: Path, own: Mapping[str, Any], other: tuple[str, ...]) -> None:
-    """Writes what the run is made of, after it was compared with what an earlier start wrote."""
-    if path.exists():
-        if wrong := _differing(_read(path, own), own, other):
-            raise ValueError(
-                f'{str(path.parent)!r} is the folder of another run: {"; ".join(wrong)}. Go on '
-                'with what the run was started with, or choose another folder'
-            )
-    elif (path.parent / STEPS).exists():
-        raise FileExistsError(
-            errno.EEXIST,
-            f'a new run needs a folder without {STEPS!r}: what is there is of something else. '
-            'Choose another folder',
-            str(path.parent),
-        )
-    body = {'format': _manifest.FORMAT, 'writer': f'peftjax {__version__}', **own}
-    part = path.with_name(f'.{path.name}.part')
-    part.write_text(json.dumps(body, indent=1) + '\n', encoding='utf-8')
-    part.replace(path)
-
-
-def _read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier start wrote.
-
-    Raises:
-      CheckpointError: it is damaged.
-    """
-    found = _manifest.parse(path)
-    try:
-        kinds = {name: type(value) for name, value in own.items()}
-        if all(isinstance(found[name], kind) for name, kind in kinds.items()):
-            _decoded(found['fingerprint'])
-            return found
-        reason = 'of another kind than it was written'
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f'{type(error).__name__}: {error}'
-    raise CheckpointError(
-        f'{str(path)!r} must say what the run is made of; it is damaged ({reason}). Take another '
-        'copy, or start anew in another folder'
-    )
-
-
-def _decoded(fingerprint: Any) -> Fingerprint:
-    return _serialize.decode(fingerprint, {'Fingerprint': Fingerprint})
-
-
-def _differing(
-    found: Mapping[str, Any], own: Mapping[str, Any], other: tuple[str, ...]
-) -> list[str]:
-    """What differs, for people."""
-    changed = lambda name, a, b: f'{name} was {a!s:.300} and is {b!s:.300} now'
-    wrong = []
-    if found['method'] != own['method']:
-        wrong.append(changed('the method', found['method'], own['method']))
-    elif found['peft'] != own['peft']:
-        wrong.append('the sites that the method is attached to are others')
-    elif found['fingerprint'] != own['fingerprint']:
-        paths = _decoded(found['fingerprint']).apart(_decoded(own['fingerprint']))
-        if paths:
-            wrong.append(f'theta holds other values at {len(paths)} paths, such as {paths[0]!r}')
-    before, now = found['settings'], own['settings']
-    wrong += [
-        changed(name, repr(before.get(name)), repr(now.get(name)))
-        for name in {**before, **now}
-        if name not in other and before.get(name) != now.get(name)
-    ]
-    return wrong

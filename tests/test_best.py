@@ -245,7 +245,20 @@ def test_wrong_calls_say_what_came():
     for name, value in (('min_delta', -1), ('min_delta', float('nan')), ('patience', 0)):
         with pytest.raises(ValueError, match=f'{name} must be at least .*: received {value}'):
             pj.KeepBest(evaluate, **{name: value})
+    for patience in (1.5, True):
+        with pytest.raises(TypeError, match=f'patience must be an integer: received {patience}'):
+            pj.KeepBest(evaluate, patience=patience)
     state = fresh()
+    for wrong in (None, 'x', True, 1j, jnp.ones(1), jnp.array(True), jnp.array(1j)):
+        for keep in (
+            pj.KeepBest(lambda step, phi, wrong=wrong: wrong),
+            pj.KeepBest(lambda step, phi, wrong=wrong: {'loss': wrong}, by='loss'),
+        ):
+            with pytest.raises(TypeError, match='must give a real number: received'):
+                keep(1, state)
+    for right in (1, 1.0, np.float16(1), np.int64(1), jnp.ones((), jnp.bfloat16), jnp.int8(1)):
+        kept = pj.KeepBest(lambda step, phi, right=right: right)(1, state)
+        assert found(kept) == (1, 1.0, 0)
     with pytest.raises(ValueError, match=r"number by='accuracy'; it gives \['loss'\]"):
         pj.KeepBest(evaluate, by='accuracy')(1, state)
     with pytest.raises(ValueError, match=r"by=None; it gives \['loss'\]"):

@@ -92,6 +92,22 @@ def test_dtypes_are_kept(dtype, tmp_path):
     same_bits(checkpoint.load(tmp_path / 'x').phi, phi)
 
 
+def test_another_order_of_bytes_is_read_back(tmp_path):
+    """NumPy has arrays in it, from files of other machines; JAX has not."""
+    _, peft, phi = adapter()
+    foreign = jax.tree.map(lambda a: np.asarray(a).astype('>f4'), phi)
+    checkpoint.save(tmp_path / 'x', peft, foreign)
+    same_bits(checkpoint.load(tmp_path / 'x').phi, phi)
+
+
+def test_what_orbax_does_not_store_is_no_failure_of_the_disk(tmp_path):
+    _, peft, phi = adapter()
+    phi = jax.tree.map(lambda a: a.astype('uint4'), phi)
+    with pytest.raises(ValueError, match='phi must be what Orbax stores: .*uint4'):
+        checkpoint.save(tmp_path / 'x', peft, phi)
+    assert not list(tmp_path.iterdir())
+
+
 def test_signed_zeros_and_tiny_values_are_kept(tmp_path):
     _, peft, phi = adapter()
     phi['layer_0/up/kernel']['a'] = jnp.asarray([[-0.0], [1e-45], [3e38], [1e-38]])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax import _arrays, _folder, _manifest, checkpoint
+from peftjax import _arrays, _disk, _folder, _manifest, checkpoint
 from peftjax._names import check_name
 from peftjax.checkpoint import CheckpointError
 
@@ -663,7 +663,7 @@ def full(*args, **kwargs):
 
 @pytest.mark.parametrize(
     ('module', 'name'),
-    [(_manifest, 'seal'), (_arrays, 'write'), (_folder, '_sync_all'), (_folder, '_swap')],
+    [(_manifest, 'seal'), (_arrays, 'write'), (_disk, 'sync_all'), (_folder, '_swap')],
 )
 @pytest.mark.parametrize('before', [True, False])
 def test_a_full_disk_keeps_what_was_there(module, name, before, folder, monkeypatch):

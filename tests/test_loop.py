@@ -216,10 +216,10 @@ def test_restoring_goes_on_from_the_newest_checkpoint(tmp_path, caplog):
     with checkpoints(tmp_path) as saved:
         batches = Counted(bad(6))
         with caplog.at_level(logging.WARNING, 'peftjax'):
-            run(steps=6, batches=batches, checkpoints=saved, save_every=4, not_finite='restore')
+            run(steps=8, batches=batches, checkpoints=saved, save_every=4, not_finite='restore')
         assert 'those of step 4 again' in caplog.text
         found, earlier = saved.restore(fresh()), saved.restore(fresh(), step=4)
-        assert found is not None and earlier is not None and found.step == 6
+        assert found is not None and earlier is not None and found.step == 8
         for name in ('phi', 'opt_state'):
             assert bits(getattr(found.state, name)) == bits(getattr(earlier.state, name))
         assert int(found.state.skipped) == 1
@@ -228,6 +228,58 @@ def test_restoring_goes_on_from_the_newest_checkpoint(tmp_path, caplog):
             run(batches=Counted(bad(1)), checkpoints=saved, not_finite='restore')
     with pytest.raises(ValueError, match='needs checkpoints'):
         run(not_finite='restore')
+
+
+@pytest.mark.parametrize('cuts', [(7,), (9,), (10,), (5, 6, 7, 8, 9), (8, 10, 11, 12)])
+@pytest.mark.parametrize('options', [{'save_every': 5, 'fetch_every': 3}, {'save_every': 4}])
+def test_restoring_ends_as_the_unbroken_run(tmp_path, cuts, options):
+    """Whether a cut lets a loss be seen early, or leaves a checkpoint that the other has not."""
+
+    def part(folder, steps, events=()):
+        with checkpoints(folder) as saved:
+            batches = Counted(bad(6, 10))
+            state = saved.resume(fresh(), batches)
+            return run(
+                steps, state, batches, checkpoints=saved, events=events, not_finite='restore',
+                **options,
+            )[0]  # fmt: skip
+
+    unbroken = part(tmp_path / 'unbroken', 14)
+    plain = run(steps=14, batches=bad(6, 10))[0]
+    assert unbroken[:2] != plain[:2], 'phi was restored'
+    for i, cut in enumerate(cuts):
+        if i % 2:
+            part(tmp_path / 'cut', cut)
+        else:
+            part(tmp_path / 'cut', 14, [stop(cut)])
+    assert part(tmp_path / 'cut', 14) == unbroken
+    kept = lambda name: sorted(path.name for path in (tmp_path / name / 'steps').iterdir())
+    assert kept('cut') == kept('unbroken')
+
+
+@pytest.mark.parametrize('cut', [3, 5, 6])
+def test_steps_in_a_row_are_counted_across_a_cut(tmp_path, cut):
+    for steps in (cut, 12):
+        with checkpoints(tmp_path) as saved:
+            batches = Counted(bad(4, 5, 6, 7))
+            state = saved.resume(fresh(), batches)
+            options = {'batches': batches, 'checkpoints': saved, 'patience': 4}
+            if steps == cut:
+                run(steps, state, **options)
+            else:
+                with pytest.raises(pj.NotFiniteError, match='step 7 are not .* 4 in a row'):
+                    run(steps, state, **options)
+
+
+def test_a_run_that_forgot_to_resume_is_refused_before_its_first_step(tmp_path):
+    with checkpoints(tmp_path) as saved:
+        run(steps=4, checkpoints=saved, save_every=2)
+    with checkpoints(tmp_path) as saved:
+        with pytest.raises(ValueError, match=r'holds \[2, 4\], and none was taken'):
+            run(batches=Unkept({'seed': 3}), checkpoints=saved)
+        saved.resume(fresh(), stream())
+        with pytest.raises(ValueError, match='from its step 4: received a state of step 0'):
+            run(batches=Unkept({'seed': 3}), checkpoints=saved)
 
 
 class Counted:
@@ -293,7 +345,10 @@ def test_wrong_calls_say_what_came(tmp_path):
 
 
 class Unkept:
-    """An iterator whose state JSON does not keep."""
+    """An iterator that gives nothing, and whose state JSON does not keep where it is of NumPy."""
+
+    def __init__(self, where):
+        self.where = where
 
     def __iter__(self):
         return self
@@ -302,7 +357,7 @@ class Unkept:
         raise AssertionError('no step is to be made')
 
     def state(self):
-        return {'seed': np.int64(3)}
+        return self.where
 
     def restore(self, state):
         raise AssertionError(state)
@@ -311,7 +366,7 @@ class Unkept:
 def test_a_stream_whose_place_is_not_kept_is_refused_before_the_first_step(tmp_path):
     with checkpoints(tmp_path) as saved:
         with pytest.raises(TypeError, match=r"where Unkept stands .* 'seed' is np.int64\(3\)"):
-            run(batches=Unkept(), checkpoints=saved)
+            run(batches=Unkept({'seed': np.int64(3)}), checkpoints=saved)
 
 
 def test_a_stack_of_states_is_refused(tmp_path):

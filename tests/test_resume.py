@@ -48,6 +48,12 @@ def fresh(peft=PEFT, dtype=jnp.float32):
     return pj.start(TX, phi, jax.random.key(1))
 
 
+def at(step):
+    """A state after so many steps, which tells by its phi that it is."""
+    phi = jax.tree.map(lambda x: jnp.full_like(x, step), fresh().phi)
+    return fresh()._replace(phi=phi, step=jnp.int32(step))
+
+
 def loss(params, phi, x, key):
     noisy = x + 0.1 * jax.random.normal(key, x.shape)
     return (FORWARD(params, phi, noisy) ** 2).mean()
@@ -338,8 +344,9 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    state = fresh()._replace(step=jnp.int32(6))
+    state = at(6)
     saved = checkpoints(folder, keep=9)
+    saved.restore(state)
     monkeypatch.setattr(_steps._manifest, 'seal', full)
     saved.save(state)
     with pytest.raises(OSError, match=r'step 6 could not be saved \(\d+ bytes\) in .*run') as error:
@@ -349,6 +356,7 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     monkeypatch.undo()
     with checkpoints(folder, keep=9) as saved:
         assert saved.steps() == [0, 1, 2, 3, 4, 5]
+        saved.restore(state)
         saved.save(state)
         assert saved.steps()[-1] == 6
     assert not [path for path in folder.rglob('*') if 'tmp' in path.name or 'part' in path.name]
@@ -368,14 +376,16 @@ def test_what_is_still_being_written_when_a_step_fails_goes_too(folder, monkeypa
         made = folder / 'steps' / f'{step}.orbax-checkpoint-tmp' / 'd'
         writing.append(threading.Thread(target=late, args=(made,)))
         writing[0].start()
-        raise ValueError('File too large')
+        raise ValueError("File too large [os_error_code='27']")  # as TensorStore says it
 
     writing: list[threading.Thread] = []
     saved = checkpoints(folder, keep=9)
+    saved.restore(fresh())
     monkeypatch.setattr(type(saved._steps._manager), 'save', failing)
-    saved.save(fresh()._replace(step=jnp.int32(6)))
-    with pytest.raises(OSError, match='File too large'):
+    saved.save(at(6))
+    with pytest.raises(OSError, match='File too large') as error:
         saved.close()
+    assert error.value.errno == errno.EFBIG
     writing[0].join()
     assert sorted(path.name for path in (folder / 'steps').iterdir()) == list('012345')
 
@@ -407,3 +417,208 @@ def test_what_json_does_not_keep_is_refused_at_once(tmp_path):
         checkpoints(tmp_path / 'other', settings={'seed': np.int64(3)})
     with pytest.raises(ValueError, match='keep must be at least 1'):
         checkpoints(tmp_path, keep=0)
+    for keep in (1.5, True):
+        with pytest.raises(TypeError, match=f'keep must be an integer: received {keep}'):
+            checkpoints(tmp_path / 'keep', keep=keep)
+    assert not (tmp_path / 'keep').exists()
+
+
+def test_two_arrays_of_one_path_are_refused(tmp_path):
+    state = fresh()._replace(opt_state={'a/b': jnp.ones(3), 'a': {'b': jnp.zeros(3)}})
+    with checkpoints(tmp_path) as saved:
+        with pytest.raises(ValueError, match="path of its own; 'opt_state/a/b' names two"):
+            saved.save(state)
+        with pytest.raises(ValueError, match="'opt_state/a/b' names two"):
+            saved.save(fresh())
+            saved.restore(state)
+
+
+def test_arrays_of_numpy_come_back_as_a_step_takes_them(tmp_path):
+    """JAX has one order of bytes, and no doubles unless it is told to."""
+    values = np.arange(6.0).reshape(2, 3) / 7
+    odd = {
+        'order': values.astype('>f4'),
+        'double': values,
+        'count': np.int64(3),
+        'none': values[:0],
+    }
+    state = fresh()._replace(opt_state=odd)
+    with checkpoints(tmp_path) as saved:
+        saved.save(state)
+        for like in (state, saved.restore(state).state):
+            restored = saved.restore(like)
+            assert restored is not None
+            for name, leaf in restored.state.opt_state.items():
+                want = jnp.asarray(odd[name].astype(odd[name].dtype.newbyteorder('=')))
+                assert leaf.dtype == want.dtype and bits(leaf) == bits(want)
+
+
+def test_what_orbax_does_not_store_is_no_failure_of_the_disk(tmp_path, monkeypatch):
+    def unknown(self, step, **kwargs):
+        raise ValueError('Error parsing object member "dtype": Unsupported data type: "uint4"')
+
+    with checkpoints(tmp_path) as saved:
+        monkeypatch.setattr(type(saved._steps._manager), 'save', unknown)
+        saved.save(fresh())
+        with pytest.raises(ValueError, match=r'step 0 could not .*"uint4".*a state that Orbax'):
+            saved.wait()
+        assert saved.steps() == []
+
+
+def test_settings_that_are_not_a_number_are_the_same_again(tmp_path):
+    odd = {'x': float('nan'), 'deep': [{'y': float('nan'), 'z': float('inf')}]}
+    for _ in range(2):
+        checkpoints(tmp_path, settings=odd).close()
+    with pytest.raises(ValueError, match='x was nan and is 1.0 now'):
+        checkpoints(tmp_path, settings={**odd, 'x': 1.0})
+
+
+def test_names_of_other_settings_are_those_of_settings(tmp_path):
+    settings = {'seed': 1, 'data': 'a'}
+    checkpoints(tmp_path, settings=settings).close()
+    with pytest.raises(TypeError, match=r"must be a tuple of names: received 'data_seed'"):
+        checkpoints(tmp_path, settings={'seed': 2, 'data': 'b'}, other_settings='data_seed')
+    with pytest.raises(ValueError, match=r"received 'sed'. There are \['data', 'seed'\]"):
+        checkpoints(tmp_path, settings=settings, other_settings=('seed', 'sed'))
+    # one that an earlier start had may be gone
+    checkpoints(tmp_path, settings={'data': 'a'}, other_settings=('seed',)).close()
+
+
+def test_a_forked_child_neither_keeps_nor_ends_the_lock(tmp_path):
+    program = (
+        'import os, pathlib, sys\n'
+        'from peftjax._lock import Lock\n'
+        'folder = pathlib.Path(sys.argv[1])\n'
+        'lock, (ends, told) = Lock(folder), os.pipe()\n'
+        'ready, begun = os.pipe()\n'
+        'if not os.fork():\n'
+        '    os.close(told)\n'
+        '    if sys.argv[2] == "releases":\n'
+        '        lock.release()\n'
+        '    os.write(begun, b"x")\n'
+        '    os.read(ends, 1)  # until the parent is gone\n'
+        '    os._exit(0)\n'
+        'os.read(ready, 1)\n'
+        'try:\n'
+        '    Lock(folder)\n'
+        'except BlockingIOError:\n'
+        '    print("held", flush=True)\n'
+        'lock.release()\n'
+        'Lock(folder).release()\n'
+        'print("free", flush=True)\n'
+    )
+    for child in ('releases', 'stays'):
+        command = [sys.executable, '-W', 'ignore', '-c', program, tmp_path, child]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.stdout == 'held\nfree\n', ended.stderr
+
+
+def test_a_run_that_forgot_to_resume_is_refused(tmp_path):
+    with checkpoints(tmp_path) as saved:
+        saved.save(at(100))
+        saved.save(at(200))
+    with checkpoints(tmp_path) as saved:
+        for step in (50, 300):
+            with pytest.raises(ValueError, match=r'holds \[100, 200\], and none was taken'):
+                saved.save(at(step))
+        saved.restore(fresh())
+        with pytest.raises(ValueError, match='from its step 200: received a state of step 50'):
+            saved.save(at(50))
+        assert saved.steps() == [100, 200]
+        saved.save(at(300))
+        assert saved.steps() == [200, 300]
+
+
+def test_a_run_that_is_taken_back_leaves_the_later_steps(tmp_path, caplog):
+    with checkpoints(tmp_path, keep=4) as saved:
+        for step in (100, 150, 200):
+            saved.save(at(step))
+    with caplog.at_level(logging.WARNING, 'peftjax'), checkpoints(tmp_path, keep=4) as saved:
+        saved.restore(fresh(), step=100)
+        assert saved.steps() == [100, 150, 200], 'a look changes nothing'
+        saved.save(at(180))
+        assert saved.steps() == [100, 180]
+    for step in (150, 200):
+        assert f'step {step} is of a course that was left at step 100: removed' in caplog.text
+    with checkpoints(tmp_path, keep=4) as saved:
+        assert saved.restore(fresh()).step == 180
+
+
+def test_a_damaged_step_that_was_passed_over_takes_no_place(folder):
+    damage(folder / 'steps/5/_CHECKPOINT_METADATA', 'cut')
+    with checkpoints(folder, keep=2) as saved:
+        assert saved.restore(fresh(), fall_back=True).step == 4
+        saved.save(at(6))
+        assert saved.steps() == [4, 6]
+        assert saved.restore(fresh(), step=4).step == 4
+
+
+@pytest.mark.parametrize('fails', ['_store', '_seal'])
+def test_a_step_that_cannot_be_stored_leaves_the_later_ones(tmp_path, monkeypatch, fails):
+    """And the one of the same number."""
+
+    def full(self, step, *args):
+        if fails == '_seal':
+            self._place(step).exists() or pytest.fail('it was stored')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with checkpoints(tmp_path, keep=4) as saved:
+        for step in (1, 2, 3):
+            saved.save(at(step))
+        saved.restore(fresh(), step=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(_steps.Steps, fails, full)
+            saved.save(at(2)._replace(skipped=jnp.int32(7)))
+            with pytest.raises(OSError, match='Earlier steps are as they were'):
+                saved.wait()
+        assert sorted(path.name for path in (tmp_path / 'steps').iterdir()) == list('123')
+        assert bits(saved.restore(fresh(), step=2).state) == bits(at(2))
+        saved.save(at(2)._replace(skipped=jnp.int32(7)))
+        assert saved.steps() == [1, 2] and saved.restore(fresh()).state.skipped == 7
+    assert sorted(path.name for path in (tmp_path / 'steps').iterdir()) == list('12')
+
+
+@pytest.mark.parametrize('sealed', [True, False])
+def test_what_stood_aside_when_a_write_was_cut_off_returns(folder, sealed):
+    """Killed before the new one was sealed, or before the old one was removed."""
+    steps = folder / 'steps'
+    subprocess.run(['cp', '-r', steps / '5', steps / '.5.old'], check=True)
+    if not sealed:
+        (steps / '5/manifest.json').unlink()
+    with checkpoints(folder, keep=9) as saved:
+        assert saved.steps() == [0, 1, 2, 3, 4, 5]
+        assert saved.restore(fresh()).step == 5
+    assert sorted(path.name for path in steps.iterdir()) == list('012345')
+
+
+def test_between_the_steps_of_the_unbroken_run_one_stays_until_the_next(tmp_path):
+    seen = []
+    with checkpoints(tmp_path, keep=2) as saved:
+        for step in (5, 10, 12, 13, 15, 20):
+            saved.save(at(step), every=5, counts={'row': step})
+            seen.append(saved.steps())
+        assert seen == [[5], [5, 10], [5, 10, 12], [5, 10, 13], [10, 15], [15, 20]]
+        assert saved.counts == {'row': 20}
+        assert saved.earlier(fresh(), 15).step == 15 and saved.earlier(fresh(), 7) is None
+        assert saved.counts == {'row': 20}
+    with checkpoints(tmp_path) as saved:
+        assert saved.counts == {}
+        saved.restore(fresh(), step=15)
+        assert saved.counts == {'row': 15}
+
+
+def test_a_seal_comes_after_what_it_seals(tmp_path, monkeypatch):
+    """On the disk, in the order in which it is told to keep them."""
+    synced, sync = [], os.fsync
+    name = lambda handle: os.readlink(f'/proc/self/fd/{handle}')
+    monkeypatch.setattr(os, 'fsync', lambda handle: synced.append(name(handle)) or sync(handle))
+    with checkpoints(tmp_path) as saved:
+        assert [pathlib.Path(one).name for one in synced] == ['.run.json.part', tmp_path.name]
+        synced.clear()
+        saved.save(fresh())
+        saved.wait()
+    files = {str(path) for path in (tmp_path / 'steps/0').rglob('*') if path.is_file()}
+    last = [str(tmp_path / 'steps/0/.manifest.json.part'), str(tmp_path / 'steps/0')]
+    assert synced[-2:] == last
+    assert files - {str(tmp_path / 'steps/0/manifest.json')} <= set(synced[:-2])
+    assert str(tmp_path / 'steps') in synced[:-2]
