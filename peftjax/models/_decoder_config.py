@@ -222,9 +222,13 @@ class DecoderConfig:
 
     @property
     def dtype(self) -> str:
-        """What the `config.json` says of the dtype of its weights; float32 where it does not."""
+        """What the `config.json` says of the dtype of its weights; float32 where it names none.
+
+        The weights may have another: `abstract_decoder` asks them.
+        """
         fields = json.loads(self.source) if self.source else {}
-        return str(fields.get('dtype') or fields.get('torch_dtype') or 'float32')
+        said = fields.get('dtype') or fields.get('torch_dtype') or 'auto'
+        return 'float32' if said == 'auto' else str(said)
 
     @property
     def num_hidden_layers(self) -> int:

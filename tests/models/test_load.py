@@ -84,6 +84,43 @@ def test_shards_equal_the_single_file(bert, tmp_path):
         load_encoder(folder, 'classifier')
 
 
+def test_a_tensor_comes_from_the_file_that_the_index_names(bert, tmp_path):
+    bert.write(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    first, *others = bert.weights
+    save_file({first: bert.weights[first]}, tmp_path / 'a.safetensors')
+    again = {name: bert.weights[name] for name in others} | {first: bert.weights[first] + 1}
+    save_file(again, tmp_path / 'b.safetensors')
+    weight_map = {first: 'a.safetensors'} | dict.fromkeys(others, 'b.safetensors')
+    index_file = tmp_path / 'model.safetensors.index.json'
+    index_file.write_text(json.dumps({'weight_map': weight_map}))
+    loaded = load_encoder(tmp_path, 'classifier').params
+    save_file(bert.weights, tmp_path / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, loaded, load_encoder(tmp_path, 'classifier').params)
+
+    (tmp_path / 'model.safetensors').unlink()
+    save_file({others[0]: bert.weights[others[0]], first: bert.weights[first]},
+              tmp_path / 'a.safetensors')  # fmt: skip
+    del weight_map[first]
+    index_file.write_text(json.dumps({'weight_map': weight_map | {others[0]: 'a.safetensors'}}))
+    with pytest.raises(ValueError, match=f'must say which file .*{re.escape(first)}'):
+        load_encoder(tmp_path, 'classifier')
+
+
+def test_numbers_that_would_become_others_are_refused_by_name(bert, tmp_path):
+    name = 'bert.encoder.layer.1.output.dense.weight'
+    codes = (1000 * bert.weights[name]).astype(np.int8)
+    with pytest.raises(ValueError, match=rf"'{name}' must be stored as one of .* it is I8"):
+        load_encoder(bert.write(tmp_path, bert.weights | {name: codes}), 'classifier')
+    large = bert.weights[name].copy()
+    large[2, 3], large[0, 0] = 1e6, np.inf
+    folder = bert.write(tmp_path, bert.weights | {name: large})
+    with pytest.raises(ValueError, match=rf"'{name}' must fit into float16: 1 of .* 1e\+06"):
+        load_encoder(folder, 'classifier', dtype=jnp.float16)
+    loaded = load_encoder(folder, 'classifier', dtype=jnp.bfloat16)  # what was infinite may be
+    assert loaded.params['bert']['encoder']['layer']['output']['dense']['kernel'][1, 3, 2] > 9e5
+
+
 def test_a_fresh_head_needs_a_key_and_is_reported(bert, tmp_path):
     body = {n: v for n, v in bert.weights.items() if not n.startswith('classifier')}
     folder = bert.write(tmp_path, body)
