@@ -145,6 +145,20 @@ def test_a_key_replaces_the_head_of_the_checkpoint(bert, tmp_path):
     assert set(loaded.unused) == {'classifier.bias', 'classifier.weight'}
 
 
+@pytest.mark.parametrize(
+    ('family', 'under'), [('bert', 'pooler.dense'), ('roberta', 'classifier.dense')]
+)
+def test_a_mean_classifier_is_not_one_of_another_head(family, under, request, tmp_path):
+    golden = request.getfixturevalue(family)
+    folder = golden.write(tmp_path)
+    with pytest.raises(ValueError, match=rf"\(head='mean'\) must be one: .*{under}.*key=\.\.\."):
+        load_encoder(folder, 'mean')
+    loaded = load_encoder(folder, 'mean', key=KEY)
+    assert loaded.fresh == ('classifier/bias', 'classifier/kernel')
+    rest = [n for n in golden.weights if n.split('.')[0] == 'classifier' or 'pooler' in n]
+    assert sorted(loaded.unused) == sorted(rest)
+
+
 def test_a_pooler_is_drawn_only_where_there_is_none(bert, tmp_path):
     some = {n: v for n, v in bert.weights.items() if 'pooler' not in n}
     loaded = load_encoder(bert.write(tmp_path, some), 'pooler', key=KEY)
