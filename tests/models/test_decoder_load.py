@@ -1,5 +1,6 @@
 """What the decoder's loader takes and writes, and what it refuses by name."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -151,6 +152,22 @@ def test_only_what_is_the_configs_is_saved_and_nothing_is_replaced(tmp_path):
     assert fields == FIELDS | {'torch_dtype': 'bfloat16'}
     again = load_decoder(tmp_path / 'new', dtype=jnp.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
+
+
+def test_a_config_that_was_changed_is_not_saved_as_it_was(tmp_path):
+    config = read_decoder_config(FIELDS)
+    wide = dataclasses.replace(config, vocab_size=50)
+    ids = jnp.ones((1, 2), jnp.int32)
+    params = Decoder(wide).init(jax.random.key(0), ids)['params']
+    with pytest.raises(ValueError, match=r"changed after, in \['vocab_size'\]\. Change the fields"):
+        save_decoder(tmp_path / 'wide', wide, params)
+    assert not (tmp_path / 'wide').exists()
+    fields = json.loads(config.source) | {'vocab_size': 50}
+    save_decoder(tmp_path / 'wide', read_decoder_config(fields), params)
+    assert load_decoder(tmp_path / 'wide').config.vocab_size == 50
+    by_hand = dataclasses.replace(config, source='')
+    with pytest.raises(ValueError, match='was made by hand. Make it with read_decoder_config'):
+        save_decoder(tmp_path / 'new', by_hand, params)
 
 
 @pytest.mark.parametrize(
