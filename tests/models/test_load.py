@@ -236,13 +236,18 @@ def test_an_unreachable_hub_is_named(monkeypatch):
         ({'add_cross_attention': True}, 'add_cross_attention must be False'),
         ({'hidden_act': 'mish'}, "hidden_act must be one of .*'mish'"),
         ({'num_attention_heads': 5}, 'hidden_size must be a multiple'),
-        ({'vocab_size': None}, 'missing'),
+        ({'vocab_size': None}, r"missing: \['vocab_size'\]"),
+        ({'intermediate_size': 0}, 'intermediate_size must be a whole number above zero, got 0'),
+        ({'num_attention_heads': 0}, 'num_attention_heads must be a whole number above zero'),
     ],
 )
 def test_unsupported_configs_are_refused_by_field(bert, change, match):
-    fields = {k: v for k, v in (bert.config | change).items() if v is not None}
+    fields = bert.config | change
     with pytest.raises(ValueError, match=match):
         read_config(fields)
+    absent = {k: v for k, v in fields.items() if v is not None}
+    with pytest.raises(ValueError, match=match):
+        read_config(absent)
 
 
 def test_the_config_reads_labels_and_family_defaults(bert, roberta):
