@@ -5,14 +5,18 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+_FLOATS = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32, 'F64': np.float64}
 _PICKLED = ('pytorch_model*.bin', '*.bin', '*.pt', '*.pth', '*.ckpt')
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
     """Tensors of a folder by their stored names; each is read when it is asked for.
+
+    A tensor comes from the file that the index names for it, whatever other files hold.
 
     Args:
       folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
@@ -20,7 +24,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     Raises:
       FileNotFoundError: no safetensors in the folder (the message says what to do about `.bin`
         and `.pt` files), or a shard that the index names is absent.
-      ValueError: a truncated or malformed file, by name.
+      ValueError: a truncated or malformed file, by name; or a tensor that several files hold and
+        the index does not name.
 
     Example:
       >>> checkpoint = Checkpoint(folder)  # doctest: +SKIP
@@ -31,16 +36,25 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self._readers: dict[str, Any] = {}
-        for file, expected in _files(folder).items():
+        files = _files(folder)
+        listed = {name for expected in files.values() for name in expected}
+        for file, expected in files.items():
             reader = _open(folder / file)
-            held = list(reader.keys())
-            absent = sorted(set(expected) - set(held))
+            held = set(reader.keys())
+            absent = sorted(set(expected) - held)
             if absent:
                 raise ValueError(
                     f'{folder / file} must hold the tensors that {_INDEX} lists for it; absent: '
                     f'{absent[:5]} ({len(absent)} in all). Download the folder again.'
                 )
-            self._readers.update(dict.fromkeys(held, reader))
+            beyond = held - listed
+            if twice := sorted(beyond & set(self._readers)):
+                raise ValueError(
+                    f'{_INDEX} must say which file a tensor is in where several hold it; it does '
+                    f'not name {twice[:5]}, of {folder / file} and another. Download the folder '
+                    'again.'
+                )
+            self._readers |= dict.fromkeys([*expected, *sorted(beyond)], reader)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._readers[name].get_tensor(name)
@@ -73,6 +87,27 @@ class Checkpoint(Mapping[str, np.ndarray]):
           The shape.
         """
         return tuple(self._readers[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, read from the file's header alone.
+
+        Args:
+          name: stored name.
+
+        Returns:
+          The dtype.
+
+        Raises:
+          ValueError: its numbers are no floats, and mean something else than their values.
+        """
+        stored = self._readers[name].get_slice(name).get_dtype()
+        if stored not in _FLOATS:
+            raise ValueError(
+                f'{name!r} must be stored as one of {sorted(_FLOATS)}, in {self.folder} it is '
+                f'{stored}: codes of a quantizer that is not read here. Take the checkpoint that '
+                'it was made of.'
+            )
+        return np.dtype(_FLOATS[stored])
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from peftjax.models._activations import ACTIVATIONS
+from peftjax.models._fields import check_settings, check_sizes
 
 ModelType = Literal['bert', 'roberta']
 
@@ -120,20 +121,12 @@ def read_config(fields: Mapping[str, Any]) -> EncoderConfig:
       ...              'intermediate_size': 32}).pad_token_id
       1
     """
-    for name, required in _REQUIRED.items():
-        received = fields.get(name)
-        if received is not None and received != required:
-            raise ValueError(
-                f'config {name} must be {required!r} (or absent), got {received!r}: this encoder '
-                'does not compute it.'
-            )
+    check_settings(fields, _REQUIRED, 'encoder')
     known = {field.name: field for field in dataclasses.fields(EncoderConfig)}
     needed = [name for name, field in known.items() if field.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in fields]
-    if missing:
-        raise ValueError(f'config must hold {needed}; missing: {missing}.')
+    check_sizes(fields, [name for name in needed if name != 'model_type'])
     taken = {name: fields[name] for name in known if fields.get(name) is not None}
-    taken.setdefault('pad_token_id', _PAD_TOKEN_ID.get(fields['model_type'], 0))
+    taken.setdefault('pad_token_id', _PAD_TOKEN_ID.get(taken['model_type'], 0))
     if 'id2label' in fields and 'num_labels' not in taken:
         taken['num_labels'] = len(fields['id2label'])
     return EncoderConfig(**taken)

@@ -99,7 +99,7 @@ class Attention:
       soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`.
 
     Raises:
-      ValueError: `kv_heads` does not divide `heads`.
+      ValueError: `kv_heads` does not divide `heads`, or is zero.
     """
 
     heads: int
@@ -111,10 +111,10 @@ class Attention:
     soft_cap: float | None = None
 
     def __post_init__(self):
-        if self.heads % self.kv_heads:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(
-                'the number of heads must be a multiple of the number of key and value heads, got '
-                f'{self.heads} and {self.kv_heads}.'
+                'the number of heads must be a multiple of the number of key and value heads, of '
+                f'which there is one at least, got {self.heads} and {self.kv_heads}.'
             )
 
 
@@ -222,9 +222,13 @@ class DecoderConfig:
 
     @property
     def dtype(self) -> str:
-        """What the `config.json` says of the dtype of its weights; float32 where it does not."""
+        """What the `config.json` says of the dtype of its weights; float32 where it names none.
+
+        The weights may have another: `abstract_decoder` asks them.
+        """
         fields = json.loads(self.source) if self.source else {}
-        return str(fields.get('dtype') or fields.get('torch_dtype') or 'float32')
+        said = fields.get('dtype') or fields.get('torch_dtype') or 'auto'
+        return 'float32' if said == 'auto' else str(said)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -2,54 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from peftjax.models._decoder_config import Attention, DecoderConfig, LayerKind, Mlp, Names, Norm
-from peftjax.models._rope_fields import read_rope
-
-Fields = Mapping[str, Any]
-
-# Settings that change the computation in ways these decoders do not have, and what each must be.
-_REQUIRED = {
-    'quantization_config': None,
-    'use_bidirectional_attention': False,
-    'add_cross_attention': False,
-    'scale_attn_weights': True,
-    'scale_attn_by_inverse_layer_idx': False,
-    'decoder_sparse_step': 1,
-    'mlp_only_layers': [],
-}
-
-_SIZES = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads')
-_GPT2_SIZES = ('vocab_size', 'n_embd', 'n_layer', 'n_head', 'n_positions')
-
-# What Hugging Face takes for fields that a file does not have, where it is not the same for all.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    'mistral': {'num_key_value_heads': 8, 'sliding_window': 4096},
-    'mixtral': {'num_key_value_heads': 8, 'rope_theta': 1e6, 'rms_norm_eps': 1e-5},
-    'qwen3': {'head_dim': 128},
-    'qwen3_moe': {'num_key_value_heads': 4, 'norm_topk_prob': False},
-    'phi3': {'rms_norm_eps': 1e-5},
-    'gemma2': {
-        'num_key_value_heads': 4,
-        'head_dim': 256,
-        'query_pre_attn_scalar': 256,
-        'sliding_window': 4096,
-        'attn_logit_softcapping': 50.0,
-        'final_logit_softcapping': 30.0,
-        'tie_word_embeddings': True,
-    },
-    'gemma3_text': {
-        'num_key_value_heads': 4,
-        'head_dim': 256,
-        'query_pre_attn_scalar': 256,
-        'sliding_window': 4096,
-        'sliding_window_pattern': 6,
-        'rope_theta': 1e6,
-        'tie_word_embeddings': True,
-    },
-}
+from peftjax.models._family_fields import DEFAULTS, NEEDED, SETTINGS, SIZES
+from peftjax.models._fields import Fields, check_settings, check_sizes, size
+from peftjax.models._rope_fields import read_rope, rename_scaling
 
 
 def read_decoder_config(fields: Fields) -> DecoderConfig:
@@ -77,18 +35,9 @@ def read_decoder_config(fields: Fields) -> DecoderConfig:
             f'model_type must be one of {sorted(FAMILIES)}, got {family!r}. Other families have no '
             'decoder here.'
         )
-    for name, required in _REQUIRED.items():
-        received = fields.get(name)
-        if received is not None and received != required:
-            raise ValueError(
-                f'config {name} must be {required!r} (or absent), got {received!r}: this decoder '
-                'does not compute it.'
-            )
-    needed = _GPT2_SIZES if family == 'gpt2' else _SIZES
-    missing = [name for name in needed if fields.get(name) is None]
-    if missing:
-        raise ValueError(f'config must hold {list(needed)}; missing: {missing}.')
-    whole = _DEFAULTS.get(family, {}) | dict(fields)
+    check_settings(fields, SETTINGS, 'decoder')
+    whole = DEFAULTS.get(family, {}) | dict(fields)
+    check_sizes(whole, NEEDED.get(family, SIZES))
     config = FAMILIES[family]({k: value for k, value in whole.items() if value is not None})
     return dataclasses.replace(config, source=json.dumps(dict(fields), sort_keys=True))
 
@@ -146,21 +95,21 @@ def _qwen(fields: Fields) -> DecoderConfig:
     """Llama, with a sliding window in the later layers where that is switched on."""
     config = _llama(fields)
     [full] = config.kinds
-    used = fields.get('use_sliding_window', False)
-    sliding = dataclasses.replace(full, window=fields.get('sliding_window', 4096))
-    first = fields.get('max_window_layers', 28) if used else config.num_hidden_layers
-    types = _types(fields, lambda i: i >= first)
-    return _with_types(config, types, full, sliding if used else full)
+    window = fields.get('sliding_window') if fields.get('use_sliding_window') else None
+    sliding = dataclasses.replace(full, window=window)
+    types = _types(fields, lambda i: i >= fields.get('max_window_layers', 28))
+    return _with_types(config, types, full, sliding)
 
 
 def _qwen3_moe(fields: Fields) -> DecoderConfig:
-    config = _mistral(fields if fields.get('use_sliding_window') else _without_window(fields))
-    mlp = Mlp(
-        width=fields['moe_intermediate_size'],
-        activation=config.mlp.activation,
+    width = {'intermediate_size': fields['moe_intermediate_size']}  # every layer has experts
+    fields = fields if fields.get('use_sliding_window') else _without(fields, 'sliding_window')
+    config = _mistral({**fields, **width})
+    mlp = dataclasses.replace(
+        config.mlp,
         experts=fields.get('num_experts', fields.get('num_local_experts', 128)),
         chosen=fields.get('num_experts_per_tok', 8),
-        normalized=fields['norm_topk_prob'],
+        normalized=fields.get('norm_topk_prob', False),
     )
     names = Names(query_norm='q_norm', key_norm='k_norm', router='gate')
     return dataclasses.replace(config, mlp=mlp, names=names)
@@ -179,6 +128,7 @@ def _mixtral(fields: Fields) -> DecoderConfig:
 
 def _phi3(fields: Fields) -> DecoderConfig:
     names = Names(query_key_value='qkv_proj', gate_up='gate_up_proj')
+    fields = rename_scaling(fields, {'su': 'longrope', 'yarn': 'longrope'})
     return dataclasses.replace(_mistral(fields), names=names)
 
 
@@ -190,7 +140,10 @@ def _gemma2(fields: Fields) -> DecoderConfig:
 
 
 def _gemma3(fields: Fields) -> DecoderConfig:
-    config = _gemma(fields)
+    full_rope = fields.get('rope_parameters', {}).get('full_attention') or {}
+    scaling = {**full_rope, **fields.get('rope_scaling', {})}
+    # Transformers reads a cap of the scores here, and does not compute it.
+    config = _gemma({**_without(fields, 'attn_logit_softcapping'), 'rope_scaling': scaling})
     [full] = config.kinds
     local = {'rope_theta': fields.get('rope_local_base_freq', 10000.0)}
     rope = read_rope(
@@ -199,8 +152,8 @@ def _gemma3(fields: Fields) -> DecoderConfig:
         layers='sliding_attention',
     )
     sliding = LayerKind(window=fields['sliding_window'], rope=rope)
-    period = fields['sliding_window_pattern']
-    config = _with_types(config, _types(fields, lambda i: (i + 1) % period != 0), full, sliding)
+    slides = lambda i: (i + 1) % size(fields, 'sliding_window_pattern') != 0
+    config = _with_types(config, _types(fields, slides), full, sliding)
     names = dataclasses.replace(config.names, query_norm='q_norm', key_norm='k_norm')
     return dataclasses.replace(config, names=names)
 
@@ -280,15 +233,16 @@ FAMILIES: dict[str, Callable[[Fields], DecoderConfig]] = {
 """Hugging Face's `model_type` -> its reader."""
 
 
-def _without_window(fields: Fields) -> Fields:
-    return {name: value for name, value in fields.items() if name != 'sliding_window'}
+def _without(fields: Fields, name: str) -> Fields:
+    return {key: value for key, value in fields.items() if key != name}
 
 
 def _types(fields: Fields, slides: Callable[[int], bool]) -> Sequence[str]:
     """The kind of each layer: as the file says, else by the family's rule."""
     length = fields['num_hidden_layers']
-    rule = ['sliding_attention' if slides(i) else 'full_attention' for i in range(length)]
-    types = fields.get('layer_types', rule)
+    types = fields.get('layer_types')
+    if types is None:
+        types = ['sliding_attention' if slides(i) else 'full_attention' for i in range(length)]
     unknown = set(types) - {'sliding_attention', 'full_attention'}
     if unknown or len(types) != length:
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax import _processes
@@ -72,7 +73,8 @@ def match(
       The plan.
 
     Raises:
-      ValueError: tensors left over, parameters not filled, or shapes that differ; by name.
+      ValueError: tensors left over, parameters not filled, shapes that differ, or tensors that
+        hold no floats; by name.
     """
     stored = stored_names(checkpoint, naming)
     drawn = fresh(stored)
@@ -91,7 +93,7 @@ def match(
         )
     plan = Plan(checkpoint, read, stored, drawn, tuple(stored[n] for n in left))
     for path, origin in read.items():
-        _check_shape(path, shapes[path].shape, origin, plan)
+        _check_tensors(path, shapes[path].shape, origin, plan)
     for name, twin in naming.twins.items():
         if name in stored and not np.array_equal(
             checkpoint[stored[name]], checkpoint[stored[twin]]
@@ -101,6 +103,24 @@ def match(
                 f'{checkpoint.folder} they differ. Set tie_word_embeddings to false.'
             )
     return plan
+
+
+def as_stored(shapes: Shapes, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters in the dtypes of the checkpoint, read from its headers.
+
+    Args:
+      shapes: of parameters that are all read.
+      plan: from `match`.
+
+    Returns:
+      The shapes. A stack has a dtype that holds all of its tensors; float64 is JAX's.
+    """
+    made = {}
+    for path, shape in shapes.items():
+        found = {plan.checkpoint.dtype(plan.stored[name]) for name in plan.sources[path].names}
+        with jax.numpy_dtype_promotion('standard'):
+            made[path] = jax.ShapeDtypeStruct(shape.shape, jnp.result_type(*found))
+    return made
 
 
 def fill(
@@ -119,6 +139,9 @@ def fill(
 
     Returns:
       Nested dicts of arrays.
+
+    Raises:
+      ValueError: a number that the dtype does not hold, by the tensor's name.
     """
     params: dict[str, Any] = {}
     for path, shape in shapes.items():
@@ -162,6 +185,9 @@ def part(plan: Plan, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndar
 
     Returns:
       The rectangle.
+
+    Raises:
+      ValueError: a number that the dtype does not hold, by the tensor's name.
     """
     return _read(plan, plan.sources[path], index, dtype)
 
@@ -175,8 +201,22 @@ def _read(plan: Plan, origin: Source, index: tuple[slice, ...], dtype: Any) -> n
     for at in itertools.product(*(range(i.start, i.stop) for i in index[:depth])):
         tensor = plan.checkpoint.part(plan.stored[names[at]], inner)
         slot = value[tuple(a - i.start for a, i in zip(at, index, strict=False))]
-        np.copyto(slot, tensor.T if origin.transposed else tensor, casting='unsafe')
+        _cast(plan.stored[names[at]], tensor.T if origin.transposed else tensor, slot)
     return value
+
+
+def _cast(name: str, tensor: np.ndarray, slot: np.ndarray) -> None:
+    """Copies a tensor to where it belongs; refuses what becomes infinite there."""
+    with np.errstate(over='ignore'):  # is said below, with the name
+        np.copyto(slot, tensor, casting='unsafe')
+    if jnp.finfo(slot.dtype).max >= jnp.finfo(tensor.dtype).max or np.isfinite(slot).all():
+        return
+    lost = tensor[np.isfinite(tensor) & ~np.isfinite(slot)]
+    if lost.size:
+        raise ValueError(
+            f'{name!r} must fit into {slot.dtype.name}: {lost.size} of its numbers, such as '
+            f'{float(lost[0]):g}, become infinite. Load with a wider dtype.'
+        )
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -199,10 +239,12 @@ def _some(names: list[str]) -> str:
     return f' ({", ".join(names[:5])}{", …" if len(names) > 5 else ""})' if names else ''
 
 
-def _check_shape(path: str, shape: tuple[int, ...], origin: Source, plan: Plan) -> None:
+def _check_tensors(path: str, shape: tuple[int, ...], origin: Source, plan: Plan) -> None:
+    """Compares shapes and kinds of numbers, by the headers."""
     expected = shape[len(origin.stack) :]
     expected = expected[::-1] if origin.transposed else expected
     for name in origin.names:
+        plan.checkpoint.dtype(plan.stored[name])  # refuses codes
         received = plan.checkpoint.shape(plan.stored[name])
         if received != expected:
             raise ValueError(

@@ -1,6 +1,7 @@
 """From a Hugging Face folder to a model and its parameters."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ def load_encoder(
       path_or_hub_name: a folder with config.json and safetensors, or `owner/name` on the hub.
       head: None is the encoder; `'pooler'` the encoder with its pooler (`method='pooled'`);
         `'classifier'` the family's sequence classifier; `'mean'` a linear classifier over the
-        mean of the tokens.
+        mean of the tokens, which does not take the weights of one that was trained on a pooler.
       num_labels: width of the classifier. Default: the config's.
       key: draws the classifier anew, whatever the checkpoint holds, and BERT's pooler where the
         checkpoint has none. Without it every parameter must be in the checkpoint.
@@ -74,7 +75,8 @@ def load_encoder(
       FileNotFoundError: no such folder, or files missing from it.
       ConnectionError: the hub does not give the model.
       ValueError: an unsupported config, a damaged file, tensors left over, parameters not filled,
-        or shapes that differ; by name.
+        or shapes that differ; by name. For `'mean'` without a key, a classifier that stands on a
+        pooler.
 
     Example:
       >>> bert = load_encoder(default_model_path(), 'mean', num_labels=6,
@@ -95,11 +97,19 @@ def load_encoder(
     model = encoder_model(config, compute, head)
     shapes = parameter_shapes(model, pooled=head == 'pooler')
     naming = encoder_naming(config)
+
+    def fresh(stored: Mapping[str, str]) -> tuple[str, ...]:
+        if key is not None:
+            return _drawn(shapes, naming, stored)
+        if head == 'mean':
+            _check_mean(stored, folder)
+        return ()
+
     plan = match(
         shapes,
         Checkpoint(folder),
         naming,
-        fresh=lambda stored: () if key is None else _drawn(shapes, naming, stored),
+        fresh=fresh,
         hint='A missing head is drawn when key=... is given; else config.json and weights belong '
         'to different models.',
     )
@@ -171,6 +181,16 @@ def _drawn(paths: Iterable[str], naming: Naming, stored: Mapping[str, str]) -> t
     heads = ('classifier',) if has_pooler else ('classifier', 'pooler')
     part = lambda path: source(path, naming).names[0].split('.', 1)[0]
     return tuple(path for path in paths if part(path) in heads)
+
+
+def _check_mean(stored: Mapping[str, str], folder: pathlib.Path) -> None:
+    """Refuses a classifier that was trained on something else than the mean of the tokens."""
+    under = [n for name, n in stored.items() if name.startswith(('pooler.', 'classifier.dense.'))]
+    if under and any(name.startswith('classifier.') for name in stored):
+        raise ValueError(
+            f"a classifier over the mean of the tokens (head='mean') must be one: that of {folder} "
+            f"stands on {under[0]!r}. Draw another with key=..., or load it with head='classifier'."
+        )
 
 
 def _draw(

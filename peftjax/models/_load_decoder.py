@@ -18,7 +18,7 @@ from peftjax.models._decoder import Decoder
 from peftjax.models._decoder_block import KEPT
 from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._families import read_decoder_config
-from peftjax.models._fill import ShardingOf, by_path, fill, insert, match
+from peftjax.models._fill import ShardingOf, as_stored, by_path, fill, insert, match
 from peftjax.models._hub import model_folder
 from peftjax.models._linears import linears
 from peftjax.models._names import Naming
@@ -123,7 +123,7 @@ def abstract_decoder(
 
     Args:
       path_or_hub_name: as of `load_decoder`.
-      dtype: of parameters and computation; None is that of the checkpoint.
+      dtype: of parameters and computation; None is that of the token embedding as it is stored.
 
     Returns:
       Model, parameters as `jax.ShapeDtypeStruct`s (a quantized leaf as a `pj.Quantized` of them),
@@ -140,13 +140,13 @@ def abstract_decoder(
     """
     folder = model_folder(path_or_hub_name)
     config = read_decoder_config(read_json(folder / 'config.json'))
-    dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+    stored = _as_stored(folder, config)
+    table = stored[f'{config.names.body}/{config.names.embedding}/embedding']
+    dtype = jnp.dtype(table.dtype if dtype is None else dtype)
     model = Decoder(config, Compute(dtype=dtype, param_dtype=dtype))
     shapes: dict[str, Any] = decoder_shapes(model)
     if is_quantized(folder):
         shapes = _quantized_folder.abstract(folder, shapes)
-    else:
-        match(shapes, Checkpoint(folder), decoder_naming(config))
     params: dict[str, Any] = {}
     for path, shape in shapes.items():
         insert(params, path, shape)
@@ -186,6 +186,14 @@ def refuse_quantized(folder: pathlib.Path) -> None:
         raise ValueError(
             f'{folder} is quantized already. Take it as it is, or the model that it was made of.'
         )
+
+
+def _as_stored(folder: pathlib.Path, config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the parameters, not quantized, in the dtypes that the folder has them in."""
+    shapes = decoder_shapes(Decoder(config))
+    if is_quantized(folder):
+        return _quantized_folder.as_stored(folder, shapes)
+    return as_stored(shapes, match(shapes, Checkpoint(folder), decoder_naming(config)))
 
 
 def _chosen(

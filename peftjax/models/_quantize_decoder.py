@@ -15,10 +15,9 @@ from peftjax._quantized import Quantized, Scheme
 from peftjax._types import Target
 from peftjax.models import _quantized_folder
 from peftjax.models._checkpoint import Checkpoint, read_json
-from peftjax.models._compute import Compute
 from peftjax.models._decoder import Decoder
 from peftjax.models._families import read_decoder_config
-from peftjax.models._fill import Plan, match, part
+from peftjax.models._fill import Plan, as_stored, match, part
 from peftjax.models._hub import model_folder
 from peftjax.models._linears import linears
 from peftjax.models._load_decoder import decoder_naming, decoder_shapes, refuse_quantized
@@ -31,7 +30,7 @@ class QuantizedFolder(NamedTuple):
 
     Attributes:
       folder: where.
-      before: bytes of all parameters in the dtype of the checkpoint.
+      before: bytes of all parameters as they are stored in the checkpoint.
       sizes: bytes of each parameter as it is now, by path.
       errors: for each quantized path the norm of what rounding changed over that of the weight.
     """
@@ -58,7 +57,8 @@ def quantize_decoder(
     """Writes a decoder with quantized weights, which `load_decoder` reads as such.
 
     A stack of layers is read, rounded and let go one layer at a time. Parameters that are not
-    quantized keep the dtype of the checkpoint. The folder is whole or absent.
+    quantized keep the dtype that they are stored in, whatever config.json says of it. The folder is
+    whole or absent.
 
     Args:
       path_or_hub_name: as of `load_decoder`.
@@ -91,8 +91,9 @@ def quantize_decoder(
     source = model_folder(path_or_hub_name)
     refuse_quantized(source)
     config = read_decoder_config(read_json(source / 'config.json'))
-    shapes = decoder_shapes(Decoder(config, Compute(param_dtype=jnp.dtype(config.dtype))))
+    shapes = decoder_shapes(Decoder(config))
     plan = match(shapes, Checkpoint(source), decoder_naming(config))
+    shapes = as_stored(shapes, plan)
     chosen = _paths.selected(linears(config) if target is None else target, shapes)
     small = {path: scheme.quantize(shape, path) if path in chosen else shape
              for path, shape in shapes.items()}  # fmt: skip

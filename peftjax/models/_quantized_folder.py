@@ -83,6 +83,28 @@ def read(
     return params
 
 
+def as_stored(
+    folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters in the dtypes that they had before some were quantized, as the table tells them.
+
+    Args:
+      folder: with the table.
+      shapes: of the model's parameters, layers stacked.
+
+    Returns:
+      The shapes.
+
+    Raises:
+      CheckpointError: the table is damaged, or of another model or version.
+    """
+    about = _table(folder, shapes)
+    return {
+        path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(about[path]['dtype']))
+        for path, shape in shapes.items()
+    }
+
+
 def abstract(folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """The shapes of the parameters of a folder that `write` filled, as its table tells them.
 
@@ -96,13 +118,19 @@ def abstract(folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -
     Raises:
       CheckpointError: the table is damaged, or of another model or version.
     """
-    about = _manifest.parse(folder / ABOUT)['leaves']
-    _check(folder, shapes, {path: (path, None) for path in shapes}, about)
+    about = _table(folder, shapes)
     schemes = {path: about[path]['scheme'] for path in shapes}
     return {
         path: shape if schemes[path] is None else Scheme(**schemes[path]).quantize(shape, path)
         for path, shape in shapes.items()
     }
+
+
+def _table(folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """What the folder says of each parameter of a model with stacked layers."""
+    about = _manifest.parse(folder / ABOUT)['leaves']
+    _check(folder, shapes, {path: (path, None) for path in shapes}, about)
+    return about
 
 
 def _shards(leaves: Iterable[tuple[str, Any]], most: int) -> Iterator[dict[str, Any]]:

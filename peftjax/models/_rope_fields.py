@@ -1,7 +1,7 @@
 """From the fields of a `config.json` to a `Rope`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftjax.models._rope import Rope
@@ -16,7 +16,8 @@ def read_rope(
 
     Args:
       fields: of the file: `rope_parameters` (for all layers or for each kind of them), or
-        `rope_theta`, `rope_scaling` and `partial_rotary_factor` of older files.
+        `rope_theta`, `rope_scaling` and `partial_rotary_factor` of older files. `rope_scaling`
+        goes first, as in transformers.
       head_dim: width of a head.
       layers: kind of layers, where the file distinguishes.
       theta: the family's default.
@@ -25,26 +26,63 @@ def read_rope(
       The rotation.
 
     Raises:
-      ValueError: an unknown scaling, or one without its numbers.
+      ValueError: an unknown scaling, one without its numbers, or with those of another.
     """
-    given = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
-    given = given.get(layers, given) or {}
+    given = _given(fields)
+    if any(isinstance(value, Mapping) for value in given.values()):
+        given = given.get(layers) or {}
     given = {name: value for name, value in given.items() if value is not None}
     dim = int(head_dim * given.get('partial_rotary_factor', fields.get('partial_rotary_factor', 1)))
     base = float(given.get('rope_theta', fields.get('rope_theta', theta)))
-    scaling = given.get('rope_type', given.get('type', 'default'))
+    scaling = _scaling(given)
     if scaling not in _READERS:
         raise ValueError(
             f'config rope_type must be one of {sorted(_READERS)}, got {scaling!r}: other '
             'rotations are not computed.'
         )
+    reader, used = _READERS[scaling]
+    beyond = sorted(set(given) - _SHARED - set(used))
+    if beyond:
+        raise ValueError(
+            f'config rope_type {scaling!r} is computed of {list(used)}, and {beyond} would not be '
+            'used. Name the rope_type that they belong to, or take them away.'
+        )
     try:
-        options = _READERS[scaling](given, fields)
+        options = reader(given, fields)
     except KeyError as error:
         raise ValueError(
             f'config must hold {error.args[0]!r} for rope_type {scaling!r}, got {given}.'
         ) from error
     return Rope(dim=dim, theta=base, **options)
+
+
+def rename_scaling(fields: Fields, names: Mapping[str, str]) -> Fields:
+    """Calls kinds of scaling by the names they have now, where a family called them otherwise.
+
+    Args:
+      fields: of the file.
+      names: the family's name of a kind -> the name of today.
+
+    Returns:
+      The fields, with the new name.
+
+    Example:
+      >>> rename_scaling({'rope_scaling': {'type': 'su'}}, {'su': 'longrope'})['rope_scaling']
+      {'type': 'su', 'rope_type': 'longrope'}
+    """
+    given = _given(fields)
+    old = _scaling(given)
+    if old not in names:
+        return fields
+    return {**fields, 'rope_scaling': {**given, 'rope_type': names[old]}}
+
+
+def _given(fields: Fields) -> Fields:
+    return fields.get('rope_scaling') or fields.get('rope_parameters') or {}
+
+
+def _scaling(given: Fields) -> str:
+    return given.get('rope_type', given.get('type', 'default'))
 
 
 def _default(given: Fields, fields: Fields) -> dict[str, Any]:
@@ -116,11 +154,26 @@ def _original(given: Fields, fields: Fields) -> int:
     return beside or inside or fields['max_position_embeddings']
 
 
-_READERS = {
-    'default': _default,
-    'linear': _linear,
-    'dynamic': _dynamic,
-    'llama3': _llama3,
-    'yarn': _yarn,
-    'longrope': _longrope,
+# Fields that say nothing that another kind of scaling would compute.
+_SHARED = {
+    'rope_type',
+    'type',
+    'rope_theta',
+    'partial_rotary_factor',
+    'original_max_position_embeddings',
+    'finetuned',
+}
+
+_YARN = (
+    'factor', 'attention_factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'truncate'
+)  # fmt: skip
+
+# Kind of scaling -> its reader, and the fields that it looks at.
+_READERS: dict[str, tuple[Callable[[Fields, Fields], dict[str, Any]], tuple[str, ...]]] = {
+    'default': (_default, ()),
+    'linear': (_linear, ('factor',)),
+    'dynamic': (_dynamic, ('factor',)),
+    'llama3': (_llama3, ('factor', 'low_freq_factor', 'high_freq_factor')),
+    'yarn': (_yarn, _YARN),
+    'longrope': (_longrope, ('short_factor', 'long_factor', 'factor', 'attention_factor')),
 }

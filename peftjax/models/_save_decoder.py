@@ -1,5 +1,6 @@
 """From a decoder's parameters back to a Hugging Face folder, one file at a time."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from peftjax import _folder
 from peftjax.models._compute import Compute
 from peftjax.models._decoder import Decoder
 from peftjax.models._decoder_config import DecoderConfig
+from peftjax.models._families import read_decoder_config
 from peftjax.models._fill import by_path
 from peftjax.models._load_decoder import decoder_naming, decoder_shapes
 from peftjax.models._names import source
@@ -46,7 +48,7 @@ def save_decoder(
 
     Args:
       folder: to make.
-      config: of the decoder, read from a `config.json`.
+      config: of the decoder, as it was read from a `config.json`.
       params: nested dicts of arrays under `'params'`, layers scanned or unrolled.
       shard_bytes: most bytes in one file; a larger model becomes several with an index.
       tokenizer_of: a model's folder, from which the files of its tokenizer are carried along.
@@ -57,7 +59,8 @@ def save_decoder(
     Raises:
       FileExistsError: there is something already.
       FileNotFoundError: there is no folder at `tokenizer_of`.
-      ValueError: parameters that are not the config's, by name, or a config made by hand.
+      ValueError: parameters that are not the config's, by name, or a config made or changed by
+        hand: its fields are not written back.
       OSError: the folder cannot be written.
 
     Example:
@@ -71,11 +74,7 @@ def save_decoder(
             f'no such folder to take a tokenizer from: {tokenizer_of}. Name the folder of a model, '
             'or leave tokenizer_of out.'
         )
-    if not config.source:
-        raise ValueError(
-            'a decoder is saved with the config.json that its config was read from; this config '
-            'was made by hand. Make it with read_decoder_config.'
-        )
+    _check_config(config)
     leaves = by_path(params)
     _check(leaves, config)
     shards = _shards(_slices(leaves, config), shard_bytes)
@@ -86,6 +85,21 @@ def save_decoder(
         if tokenizer_of is not None:
             copy_tokenizer(tokenizer_of, fresh)
     return target
+
+
+def _check_config(config: DecoderConfig) -> None:
+    """Refuses a config that is not what its `config.json` says."""
+    law = 'a decoder is saved with the config.json that its config was read from; this config was'
+    if not config.source:
+        raise ValueError(f'{law} made by hand. Make it with read_decoder_config.')
+    written = read_decoder_config(json.loads(config.source))
+    names = [field.name for field in dataclasses.fields(config)]
+    changed = [name for name in names if getattr(config, name) != getattr(written, name)]
+    if changed:
+        raise ValueError(
+            f'{law} changed after, in {changed}. Change the fields of config.source instead, and '
+            'read them with read_decoder_config.'
+        )
 
 
 def _check(leaves: Mapping[str, jax.Array], config: DecoderConfig) -> None:

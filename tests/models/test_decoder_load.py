@@ -1,5 +1,6 @@
 """What the decoder's loader takes and writes, and what it refuses by name."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -25,6 +26,9 @@ FIELDS = {
     'num_key_value_heads': 2,
 }
 MIXTRAL = FIELDS | {'model_type': 'mixtral', 'num_local_experts': 4}
+GEMMA3 = {'model_type': 'gemma3_text'}
+YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
+SHORT_LONG = {'short_factor': [1.0, 1.5], 'long_factor': [4.0, 9.0]}
 QUERY = 'model.layers.1.self_attn.q_proj.weight'
 
 
@@ -153,6 +157,22 @@ def test_only_what_is_the_configs_is_saved_and_nothing_is_replaced(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, again.params)
 
 
+def test_a_config_that_was_changed_is_not_saved_as_it_was(tmp_path):
+    config = read_decoder_config(FIELDS)
+    wide = dataclasses.replace(config, vocab_size=50)
+    ids = jnp.ones((1, 2), jnp.int32)
+    params = Decoder(wide).init(jax.random.key(0), ids)['params']
+    with pytest.raises(ValueError, match=r"changed after, in \['vocab_size'\]\. Change the fields"):
+        save_decoder(tmp_path / 'wide', wide, params)
+    assert not (tmp_path / 'wide').exists()
+    fields = json.loads(config.source) | {'vocab_size': 50}
+    save_decoder(tmp_path / 'wide', read_decoder_config(fields), params)
+    assert load_decoder(tmp_path / 'wide').config.vocab_size == 50
+    by_hand = dataclasses.replace(config, source='')
+    with pytest.raises(ValueError, match='was made by hand. Make it with read_decoder_config'):
+        save_decoder(tmp_path / 'new', by_hand, params)
+
+
 @pytest.mark.parametrize(
     ('change', 'match'),
     [
@@ -167,6 +187,19 @@ def test_only_what_is_the_configs_is_saved_and_nothing_is_replaced(tmp_path):
         ({'model_type': 'qwen3_moe', 'mlp_only_layers': [0]}, r'mlp_only_layers must be \[\]'),
         ({'model_type': 'qwen2', 'layer_types': ['chunked_attention'] * 3}, 'layer_types must'),
         ({'model_type': 'mixtral', 'num_experts_per_tok': 9}, 'served by 1 to 8 experts, got 9'),
+        ({'intermediate_size': None}, r"missing: \['intermediate_size'\]"),
+        ({'model_type': 'qwen3_moe'}, r"missing: \['moe_intermediate_size'\]"),
+        ({'model_type': 'gemma2', 'sliding_window': None}, r"missing: \['sliding_window'\]"),
+        (GEMMA3 | {'sliding_window': None}, r"missing: \['sliding_window'\]"),
+        (GEMMA3 | {'sliding_window_pattern': None}, 'sliding_window_pattern must be a whole num'),
+        ({'hidden_size': '16'}, "hidden_size must be a whole number above zero, got '16'"),
+        ({'num_attention_heads': 0}, 'num_attention_heads must be a whole number above zero'),
+        ({'num_key_value_heads': 0}, 'there is one at least, got 4 and 0'),
+        ({'rope_scaling': YARN | SHORT_LONG}, r"'yarn' .*\['long_factor', 'short_factor'\] would"),
+        (
+            {'rope_scaling': {'factor': 2.0}},
+            r"rope_type 'default' .*\['factor'\] would not be used",
+        ),
     ],
 )
 def test_unsupported_configs_are_refused_by_field(change, match):
@@ -191,3 +224,64 @@ def test_old_and_new_files_say_the_same():
         'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention'],
     }
     assert read_decoder_config(old).kinds == read_decoder_config(new).kinds
+
+
+@pytest.mark.parametrize('old', ['su', 'yarn'])
+def test_phi3_calls_longrope_otherwise(old):
+    lengths = {'max_position_embeddings': 128, 'original_max_position_embeddings': 32}
+    read = lambda name, key: read_decoder_config(
+        FIELDS | lengths | {'model_type': 'phi3', key: {'type': name} | SHORT_LONG}
+    )
+    longrope = read('longrope', 'rope_scaling')
+    rope = longrope.kinds[0].rope
+    assert rope is not None and (rope.scaling, rope.long) == ('longrope', (4.0, 9.0))
+    for key in ('rope_scaling', 'rope_parameters'):
+        assert read(old, key).kinds == longrope.kinds
+
+
+@pytest.mark.parametrize(
+    ('scaling', 'kind'),
+    [
+        (YARN | {'finetuned': True, 'beta_fast': 32, 'mscale': 1.0, 'truncate': False}, 'yarn'),
+        ({'type': 'dynamic', 'factor': 2.0, 'original_max_position_embeddings': 32}, 'dynamic'),
+        ({'rope_type': 'default', 'type': 'default', 'rope_theta': 5e5}, 'default'),
+        ({'type': 'linear', 'factor': 8.0, 'partial_rotary_factor': 0.5}, 'linear'),
+        ({'type': 'longrope', 'attention_factor': None} | SHORT_LONG, 'longrope'),
+    ],
+)
+def test_what_files_say_beside_the_numbers_of_their_rotation_is_taken(scaling, kind):
+    config = read_decoder_config(FIELDS | {'max_position_embeddings': 64, 'rope_scaling': scaling})
+    assert config.kinds[0].rope is not None and config.kinds[0].rope.scaling == kind
+
+
+@pytest.mark.parametrize(
+    ('fields', 'windows'),
+    [
+        ({'model_type': 'qwen2', 'max_window_layers': 1}, [4096]),
+        ({'model_type': 'qwen2', 'max_window_layers': 0, 'sliding_window': None}, [None]),
+        ({'model_type': 'qwen3_moe', 'moe_intermediate_size': 8, 'num_key_value_heads': 2}, [4096]),
+        ({'model_type': 'mistral'}, [4096]),
+        ({'model_type': 'mistral', 'sliding_window': None}, [None]),
+        (GEMMA3 | {'layer_types': ['full_attention'] * 3, 'sliding_window_pattern': None}, [None]),
+    ],
+)
+def test_a_null_is_not_an_absent_field(fields, windows):
+    config = read_decoder_config(FIELDS | {'use_sliding_window': True} | fields)
+    assert [kind.window for kind in config.kinds][-1:] == windows
+
+
+def test_the_older_name_of_the_rotation_goes_first():
+    linear, plain = {'rope_type': 'linear', 'factor': 4.0}, {'rope_type': 'default'}
+    read = lambda fields: read_decoder_config(FIELDS | fields).kinds
+    both = {'rope_scaling': linear, 'rope_parameters': plain | {'rope_theta': 1e3}}
+    assert read(both) == read({'rope_scaling': linear})
+    full = {'rope_parameters': {'full_attention': {'rope_theta': 1e3}, 'sliding_attention': None}}
+    both = GEMMA3 | full | {'rope_scaling': linear}
+    assert read(both) == read(GEMMA3 | {'rope_scaling': linear, 'rope_theta': 1e3})
+
+
+def test_gemma3_scales_by_its_scalar_and_caps_no_scores():
+    attention = read_decoder_config(FIELDS | GEMMA3 | {'attn_logit_softcapping': 50.0}).attention
+    assert attention.soft_cap is None and attention.scale == 256**-0.5
+    gemma2 = read_decoder_config(FIELDS | {'model_type': 'gemma2'}).attention
+    assert gemma2.soft_cap == 50.0

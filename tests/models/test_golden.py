@@ -16,11 +16,17 @@ CASES = [
 ]
 
 
+def without_pooler(golden):
+    """The weights of a model whose classifier is one over the mean of the tokens."""
+    return {name: value for name, value in golden.weights.items() if 'pooler' not in name}
+
+
 @pytest.mark.parametrize('scan_layers', [True, False], ids=['scanned', 'unrolled'])
 @pytest.mark.parametrize(('family', 'head', 'output'), CASES)
 def test_outputs_are_those_of_pytorch(family, head, output, scan_layers, request, tmp_path):
     golden = request.getfixturevalue(family)
-    loaded = load_encoder(golden.write(tmp_path), head, scan_layers=scan_layers)
+    weights = without_pooler(golden) if head == 'mean' else None
+    loaded = load_encoder(golden.write(tmp_path, weights), head, scan_layers=scan_layers)
     method = 'pooled' if head == 'pooler' else '__call__'
     out = jax.jit(lambda p, kw: loaded.model.apply_fn(p, method=method, **kw))(
         loaded.params, golden.inputs
@@ -44,7 +50,7 @@ def test_explicit_positions_and_no_mask(bert, tmp_path, attention):
 
 
 def test_pool_mask_chooses_the_tokens_of_the_mean_only(bert, tmp_path):
-    loaded = load_encoder(bert.write(tmp_path), 'mean')
+    loaded = load_encoder(bert.write(tmp_path, without_pooler(bert)), 'mean')
     hidden = load_encoder(bert.write(tmp_path))
     ids, mask = bert.inputs['input_ids'], bert.inputs['attention_mask']
     first = np.zeros_like(mask)

@@ -84,6 +84,43 @@ def test_shards_equal_the_single_file(bert, tmp_path):
         load_encoder(folder, 'classifier')
 
 
+def test_a_tensor_comes_from_the_file_that_the_index_names(bert, tmp_path):
+    bert.write(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    first, *others = bert.weights
+    save_file({first: bert.weights[first]}, tmp_path / 'a.safetensors')
+    again = {name: bert.weights[name] for name in others} | {first: bert.weights[first] + 1}
+    save_file(again, tmp_path / 'b.safetensors')
+    weight_map = {first: 'a.safetensors'} | dict.fromkeys(others, 'b.safetensors')
+    index_file = tmp_path / 'model.safetensors.index.json'
+    index_file.write_text(json.dumps({'weight_map': weight_map}))
+    loaded = load_encoder(tmp_path, 'classifier').params
+    save_file(bert.weights, tmp_path / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, loaded, load_encoder(tmp_path, 'classifier').params)
+
+    (tmp_path / 'model.safetensors').unlink()
+    save_file({others[0]: bert.weights[others[0]], first: bert.weights[first]},
+              tmp_path / 'a.safetensors')  # fmt: skip
+    del weight_map[first]
+    index_file.write_text(json.dumps({'weight_map': weight_map | {others[0]: 'a.safetensors'}}))
+    with pytest.raises(ValueError, match=f'must say which file .*{re.escape(first)}'):
+        load_encoder(tmp_path, 'classifier')
+
+
+def test_numbers_that_would_become_others_are_refused_by_name(bert, tmp_path):
+    name = 'bert.encoder.layer.1.output.dense.weight'
+    codes = (1000 * bert.weights[name]).astype(np.int8)
+    with pytest.raises(ValueError, match=rf"'{name}' must be stored as one of .* it is I8"):
+        load_encoder(bert.write(tmp_path, bert.weights | {name: codes}), 'classifier')
+    large = bert.weights[name].copy()
+    large[2, 3], large[0, 0] = 1e6, np.inf
+    folder = bert.write(tmp_path, bert.weights | {name: large})
+    with pytest.raises(ValueError, match=rf"'{name}' must fit into float16: 1 of .* 1e\+06"):
+        load_encoder(folder, 'classifier', dtype=jnp.float16)
+    loaded = load_encoder(folder, 'classifier', dtype=jnp.bfloat16)  # what was infinite may be
+    assert loaded.params['bert']['encoder']['layer']['output']['dense']['kernel'][1, 3, 2] > 9e5
+
+
 def test_a_fresh_head_needs_a_key_and_is_reported(bert, tmp_path):
     body = {n: v for n, v in bert.weights.items() if not n.startswith('classifier')}
     folder = bert.write(tmp_path, body)
@@ -106,6 +143,20 @@ def test_a_key_replaces_the_head_of_the_checkpoint(bert, tmp_path):
     loaded = load_encoder(folder, 'classifier', num_labels=7, key=KEY)
     assert loaded.fresh == ('classifier/bias', 'classifier/kernel')
     assert set(loaded.unused) == {'classifier.bias', 'classifier.weight'}
+
+
+@pytest.mark.parametrize(
+    ('family', 'under'), [('bert', 'pooler.dense'), ('roberta', 'classifier.dense')]
+)
+def test_a_mean_classifier_is_not_one_of_another_head(family, under, request, tmp_path):
+    golden = request.getfixturevalue(family)
+    folder = golden.write(tmp_path)
+    with pytest.raises(ValueError, match=rf"\(head='mean'\) must be one: .*{under}.*key=\.\.\."):
+        load_encoder(folder, 'mean')
+    loaded = load_encoder(folder, 'mean', key=KEY)
+    assert loaded.fresh == ('classifier/bias', 'classifier/kernel')
+    rest = [n for n in golden.weights if n.split('.')[0] == 'classifier' or 'pooler' in n]
+    assert sorted(loaded.unused) == sorted(rest)
 
 
 def test_a_pooler_is_drawn_only_where_there_is_none(bert, tmp_path):
@@ -185,13 +236,18 @@ def test_an_unreachable_hub_is_named(monkeypatch):
         ({'add_cross_attention': True}, 'add_cross_attention must be False'),
         ({'hidden_act': 'mish'}, "hidden_act must be one of .*'mish'"),
         ({'num_attention_heads': 5}, 'hidden_size must be a multiple'),
-        ({'vocab_size': None}, 'missing'),
+        ({'vocab_size': None}, r"missing: \['vocab_size'\]"),
+        ({'intermediate_size': 0}, 'intermediate_size must be a whole number above zero, got 0'),
+        ({'num_attention_heads': 0}, 'num_attention_heads must be a whole number above zero'),
     ],
 )
 def test_unsupported_configs_are_refused_by_field(bert, change, match):
-    fields = {k: v for k, v in (bert.config | change).items() if v is not None}
+    fields = bert.config | change
     with pytest.raises(ValueError, match=match):
         read_config(fields)
+    absent = {k: v for k, v in fields.items() if v is not None}
+    with pytest.raises(ValueError, match=match):
+        read_config(absent)
 
 
 def test_the_config_reads_labels_and_family_defaults(bert, roberta):

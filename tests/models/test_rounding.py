@@ -1,5 +1,6 @@
 """Weights rounded while they are read: equal to those rounded as a whole, which are never held."""
 
+import json
 import tracemalloc
 
 import jax
@@ -15,6 +16,7 @@ from peftjax.models import (
     Compute,
     Decoder,
     _rounding,
+    abstract_decoder,
     embeddings,
     is_quantized,
     linears,
@@ -22,6 +24,7 @@ from peftjax.models import (
     quantize_decoder,
     read_decoder_config,
 )
+from peftjax.models._fill import by_path
 
 GPT2 = {
     'model_type': 'gpt2', 'vocab_size': 40, 'n_embd': 16, 'n_layer': 2, 'n_head': 4,
@@ -78,6 +81,35 @@ def test_no_more_is_held_than_the_quantized_model_and_one_layer(tmp_path):
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(pj.dequantize(params)))
     assert peak < held + dense / 16, (held, peak, dense)
+
+
+def say(folder, **fields):
+    """Changes what config.json says; None takes it away."""
+    file = folder / 'config.json'
+    said = {k: v for k, v in (json.loads(file.read_text()) | fields).items() if v is not None}
+    file.write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize('said', ['float16', 'auto', None])
+def test_dtypes_are_those_of_the_weights_whatever_the_config_says(tmp_path, said):
+    def half(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(jnp.bfloat16)
+        tensors['model.layers.1.input_layernorm.weight'] = np.full(16, 1.001, np.float32)
+
+    folder = say(write(tmp_path / 'model', FIELDS, half), torch_dtype=said)
+    dtypes = lambda path: {k: x.dtype for k, x in by_path(abstract_decoder(path).params).items()}
+    assert set(dtypes(folder).values()) == {np.dtype(jnp.bfloat16)}
+    made = quantize_decoder(folder, tmp_path / 'small', pj.NF4)
+    dense = load_decoder(folder)
+    norms = 3 * 16 * 2  # in float32, since one layer's is
+    assert made.before == 2 * sum(x.size for x in jax.tree.leaves(dense.params)) + norms
+    stored = pj.quantize(dense.params, pj.NF4, target=linears(dense.config))
+    check_equal(load_decoder(made.folder).params, stored)
+    small = abstract_decoder(made.folder)
+    assert small.model.compute.dtype == jnp.bfloat16
+    assert small.params['model']['norm']['scale'].dtype == jnp.bfloat16
 
 
 LLAMA_1B = {
