@@ -68,7 +68,7 @@ def plan_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) -> Non
         draft.listed += [f'{key} {pattern!r}, which no adapted module has' for pattern in dead]
     _biases(fields, stored, model, draft, modules)
     if fields.flag('lora_bias') and method is not None:
-        draft.rewrites.append(_lora_bias(model, draft, method, leaves))
+        draft.rewrites.append(_lora_bias(stored, model, draft, method, leaves))
     plan_tokens(draft, stored, model, _token_ids(fields))
 
 
@@ -149,9 +149,16 @@ def _biases(fields: Fields, stored: Stored, model: Model, draft: Draft, modules:
 
 
 def _lora_bias(
-    model: Model, draft: Draft, method: LowRankMethod, leaves: Mapping[Path, tuple[str, ...]]
+    stored: Stored,
+    model: Model,
+    draft: Draft,
+    method: LowRankMethod,
+    leaves: Mapping[Path, tuple[str, ...]],
 ) -> Any:
-    """A bias of `lora_B` is added with the product, hence scaled: it goes to the layer's bias."""
+    """A bias of `lora_B` is added with the product, hence scaled: it goes to the layer's bias.
+
+    That is the base's, or the one that was trained beside it.
+    """
     scales: dict[str, float] = {}
     for path, modules in leaves.items():
         for module in modules:
@@ -161,15 +168,17 @@ def _lora_bias(
                     'to add it to. Add a bias of zeros to params'
                 )
             scales[module] = method.scale_at(model.table.sites[path])
-    base = {module: model.value(f'{module}.bias') for module in scales}
-    draft.saved.update(f'{module}.bias' for module in scales)
+    trained = (f'{module}.lora_B.bias' for module in scales)
+    require(trained, stored.tensors, stored.where, 'lora_B.bias for every module')
+    biases = {f'{module}.bias' for module in scales}
+    base = {name: model.value(name) for name in biases - stored.tensors.keys()}
+    draft.saved |= biases
 
     def rewrite(tensors: dict[str, Any]) -> dict[str, Any]:
         found = dict(tensors)
         for module, scale in scales.items():
-            if f'{module}.lora_B.bias' in found:
-                trained = found.pop(f'{module}.lora_B.bias')
-                found[f'{module}.bias'] = base[module] + scale * trained
+            name, trained = f'{module}.bias', found.pop(f'{module}.lora_B.bias')
+            found[name] = (found[name] if name in found else base[name]) + scale * trained
         return found
 
     return rewrite
