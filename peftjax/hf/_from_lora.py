@@ -8,7 +8,7 @@ import numpy as np
 from peftjax._lowrank import LowRankMethod
 from peftjax._types import Path
 from peftjax.hf._config import Fields, whole
-from peftjax.hf._draft import Draft, adapted, plan_tokens
+from peftjax.hf._draft import Draft, Names, adapted, plan_tokens
 from peftjax.hf._from_parameters import plan_parameters
 from peftjax.hf._model import Model
 from peftjax.hf._names import fits, pattern_of
@@ -69,7 +69,7 @@ def plan_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) -> Non
     _biases(fields, stored, model, draft, modules)
     if fields.flag('lora_bias') and method is not None:
         draft.rewrites.append(_lora_bias(stored, model, draft, method, leaves))
-    plan_tokens(draft, stored, model, _token_ids(fields))
+    plan_tokens(draft, stored, model, 'trainable_token_indices', _token_ids(fields))
 
 
 def _note_start(fields: Fields, draft: Draft) -> None:
@@ -223,11 +223,11 @@ def _check_shared(leaves: Mapping[Path, Any], model: Model, draft: Draft) -> Non
             )
 
 
-def _token_ids(fields: Fields) -> dict[str, tuple[int, ...]]:
+def _token_ids(fields: Fields) -> dict[Names, tuple[int, ...]]:
     """Tokens by the module whose rows they are; of a list, any."""
     found = fields.value('trainable_token_indices', {})
-    found = found if isinstance(found, dict) else {'': found}
-    for ids in found.values():
+    lists = found if isinstance(found, dict) else {'': found}
+    for ids in lists.values():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise fields.wrong('trainable_token_indices', 'lists of token ids', found)
-    return {module: tuple(ids) for module, ids in found.items()}
+    return {(module,) if module else (): tuple(ids) for module, ids in lists.items() if ids}

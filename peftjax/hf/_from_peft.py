@@ -146,17 +146,20 @@ def _length(fields: Fields, draft: Draft) -> int:
 
 
 def _tokens(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
-    draft.note_idle(
-        fields, ('init_weights', 'target_modules', 'exclude_modules', 'modules_to_save')
-    )
-    plan_tokens(draft, stored, model, {'': fields.integers('token_indices')})
+    draft.note_idle(fields, ('init_weights', 'exclude_modules'))
+    ids = {fields.names('target_modules'): fields.integers('token_indices')}
+    plan_tokens(draft, stored, model, 'target_modules', ids)
 
 
 def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     """Parameters that are trained in full, and copies of the base."""
     owners = fields.names('modules_to_save')
     owners = (owners,) if isinstance(owners, str) else owners
-    names = [n for n in model.table.stored_parameters() if is_below(n.rpartition('.')[0], owners)]
+    every = model.table.stored_parameters()
+    modules = [name.rpartition('.')[0] for name in (*every, *stored.tensors)]
+    dead = [owner for owner in owners if not any(is_below(m, (owner,)) for m in modules)]
+    draft.listed += [f'modules_to_save {owner!r}, which no module has' for owner in dead]
+    names = [name for name in every if is_below(name.rpartition('.')[0], owners)]
     require(names, stored.tensors, stored.where, 'every parameter')
     draft.saved.update(names)
     # With bias='all' PEFT writes the biases of such a module once more, and those that it replaced.
