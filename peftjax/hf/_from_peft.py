@@ -6,14 +6,17 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax._paths import matches
 from peftjax.hf._config import Fields
 from peftjax.hf._draft import DELTA, Draft, adapted, plan_tokens
 from peftjax.hf._from_lora import plan_lora
 from peftjax.hf._model import Model
 from peftjax.hf._names import is_below
 from peftjax.hf._plan import Plan, require
+from peftjax.hf._prefix import scale_note
 from peftjax.hf._stored import Stored
 from peftjax.methods import Ia3, PrefixTuning, PromptTuning
+from peftjax.methods.prompt import EMBEDDINGS
 
 SUFFIX = re.compile(
     r'\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|'
@@ -94,16 +97,17 @@ def _feeds_forward(modules: tuple[str, ...], names: tuple[str, ...] | str) -> bo
 
 
 def _prompt(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
-    del stored, model
+    del stored
     draft.note_idle(
         fields, ('prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs')
     )
     start = fields.text('prompt_tuning_init', 'RANDOM')
     if start not in STARTS:
         draft.note_idle(fields, ('prompt_tuning_init',))
-    draft.methods['prompt_tuning'] = PromptTuning(
-        length=_length(fields, draft), initial=STARTS.get(start, 'random')
-    )
+    method = PromptTuning(length=_length(fields, draft), initial=STARTS.get(start, 'random'))
+    draft.methods['prompt_tuning'] = method
+    tables = (site for site in model.table.sites.values() if matches(EMBEDDINGS, site.path))
+    draft.notes += scale_note(tables)
 
 
 def _prefix(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
