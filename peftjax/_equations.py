@@ -6,7 +6,10 @@ Only names and parameters of primitives are read here; nothing is evaluated.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from peftjax import _layout, _uses
 from peftjax._layout import Labels, Layout
@@ -24,6 +27,9 @@ KEEPS = frozenset(
     )
 )
 """Primitives with one operand and one result that leave its dimensions alone."""
+
+SCALING = ('mul', 'div')
+"""Primitives that scale one operand with the other."""
 
 
 def layout(
@@ -96,6 +102,24 @@ def back_and_forth(
             new = params['new_sizes']
             return lambda y: y.reshape(shape), lambda y: y.reshape(new)
     return None
+
+
+def multiplier(name: str, values: Sequence[Any], position: int) -> float | None:
+    """The number that a primitive of `SCALING` multiplies an operand with.
+
+    Args:
+      name: of the primitive.
+      values: of its two operands.
+      position: of the operand.
+
+    Returns:
+      The number; `None` if it is an array, or not known before the function runs.
+    """
+    other = values[1 - position]
+    known = isinstance(other, jax.Array | np.ndarray) and not isinstance(other, Tracer)
+    if not known or other.shape or (name, position) == ('div', 1):
+        return None
+    return 1 / float(other) if name == 'div' else float(other)
 
 
 def use(

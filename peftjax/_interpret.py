@@ -181,6 +181,7 @@ class Frame:
             elif not eqn.outvars:
                 outs = self._look(eqn)
             else:
+                self._note_scale(eqn)
                 outs = self._move(eqn) or self._add_bias(eqn) or self._use(eqn)
                 outs = outs or self._as_arrays(eqn)
         self.env.update(zip(eqn.outvars, outs, strict=True))
@@ -283,6 +284,21 @@ class Frame:
             right.rule.bias(right, left)
         (value,) = _jaxprs.bind(eqn, [left.value, right.dense()])
         return [dataclasses.replace(left, value=value, bias=(*left.bias, right))]
+
+    def _note_scale(self, eqn: Any) -> None:
+        """While sites are discovered, what an output is multiplied with at once is noted."""
+        name = eqn.primitive.name
+        if self.ctx.recorder is None or name not in _equations.SCALING:
+            return
+        values = [self.read(v) for v in eqn.invars]
+        for i, output in enumerate(values):
+            if isinstance(output, Pending):
+                number = _equations.multiplier(name, values, i)
+                noted = [
+                    (at, x, rule.scaled(number) if isinstance(rule, Recorder) else rule)
+                    for at, x, rule in output.steps
+                ]
+                self.env[eqn.invars[i]] = dataclasses.replace(output, steps=tuple(noted))
 
     def _use(self, eqn: Any) -> Sequence[Any] | None:
         """The linear use of a weight."""

@@ -29,6 +29,7 @@ class Recorder(Rule):
       users: for each leaf, the layers whose bias it is; an empty path for any other use.
       taken: the axes along which one layer of the leaf was cut out at a fixed place, and where.
       changed: whether numbers were added to the leaf, or multiplied with it, on its way.
+      scale: the number that the output is multiplied with at once; `None` if that is not known.
     """
 
     deferred = True
@@ -39,6 +40,7 @@ class Recorder(Rule):
     users: dict[Path, set[Path]] = dataclasses.field(default_factory=lambda: defaultdict(set))
     taken: tuple[tuple[int, int], ...] = ()
     changed: bool = False
+    scale: float | None = 1.0
 
     def within(self, opaque: str) -> 'Recorder':
         """Notes the same sites, where the efficient path is closed."""
@@ -47,6 +49,10 @@ class Recorder(Rule):
     def shifted(self, opaque: str) -> 'Recorder':
         """Notes uses of what was made of a leaf and a number as uses of the leaf."""
         return dataclasses.replace(self.within(opaque), changed=True)
+
+    def scaled(self, number: float | None) -> 'Recorder':
+        """Notes uses as those of a leaf whose output is multiplied with a number."""
+        return dataclasses.replace(self, scale=number)
 
     def cut(self, view: StandIn, start: Sequence[int], limit: Sequence[int]) -> StandIn:
         """Keeps in mind which layer of a leaf is cut out."""
@@ -150,6 +156,7 @@ class Recorder(Rule):
             bias_axes=tuple(added.values()),
             output=tuple(output),
             dense=why,
+            scale=self.scale if kind == 'embedding' else None,
         )
         self.sites.setdefault(site)
 
@@ -175,6 +182,7 @@ def distinct(recorder: Recorder) -> tuple[Site, ...]:
             bias=tuple(added),
             bias_axes=tuple(added.values()),
             dense=before.dense or site.dense,
+            scale=before.scale if before.scale == site.scale else None,
         )
     uses = Counter(site.path for site in found.values())
     order = {path: i for i, path in enumerate(recorder.leaves)}

@@ -40,6 +40,9 @@ class Site:
       shared: whether the leaf has other uses than this one.
       tokens: the dimension of the output along which tokens lie, where a method asked for it.
       offset: how many virtual tokens of later methods lie between the edge and this one's.
+      scale: the number that what is looked up in a table is multiplied with at once, as Gemma does;
+        1 if with none. `None` where it is not known: an array, several numbers, a plan that was
+        saved before this was noted; and for what is no table.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Site:
     shared: bool = False
     tokens: int | None = None
     offset: int = 0
+    scale: float | None = None
 
     @property
     def rank(self) -> int:

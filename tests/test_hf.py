@@ -287,6 +287,13 @@ def test_what_peft_has_no_counterpart_of(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(('task', 'near'), [('SEQCLS', 'SEQ_CLS'), ('causal_lm', 'CAUSAL_LM')])
+def test_tasks_that_peft_does_not_know(tmp_path, task, near):
+    with pytest.raises(ValueError, match=f"(?s)one of .*; got '{task}'. Nearest: '{near}'"):
+        pj.hf.save_adapter(tmp_path / 'x', *attached(), task_type=task)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_use_of_a_shared_weight_is_refused(tmp_path):
     """A tied head: PEFT would adapt the table alone, ours adapts both uses."""
     theta = {'embed_tokens': {'embedding': jnp.ones((5, 4), jnp.float32)}}

@@ -1,5 +1,6 @@
 """AdapterHub's format: what it cannot hold, and what stored cases do not show."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -185,6 +186,32 @@ def test_a_network_that_reads_wider_tokens_than_keys(tmp_path):
     rows = rows.reshape(3, 2, 2, 2, 2).transpose(2, 1, 0, 3, 4)  # of keys, of values
     for name, wanted in zip(('@key', '@value'), rows, strict=True):
         np.testing.assert_allclose(loaded.phi[name]['prefix'], wanted, rtol=1e-5, atol=1e-6)
+
+
+VERSIONS = {
+    'adapters.0.1.0': 2,
+    'adapters.1.0.1': 2,
+    'adapters.1.1.0.dev0': 2,
+    'adapters.1.1.0': 3,
+    'adapters.1.10.0': 3,
+    '3.2.1': 3,
+    None: 3,
+}
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('method', [pj.Lora(target='query/k', rank=2, alpha=3), UNIONS['lora']])
+def test_versions_that_trained_without_the_scale(version, method, tmp_path):
+    folder = save(tmp_path, *adapter(method))
+    (folder / 'manifest.json').unlink()
+    said = json.loads((folder / 'adapter_config.json').read_text())
+    (folder / 'adapter_config.json').write_text(json.dumps(said | {'version': version}))
+    alpha = VERSIONS[version]
+    known = f'^.*{version} trained without the scale .* alpha=2 in place of 3$'
+    with pytest.warns(UserWarning, match=known) if alpha == 2 else contextlib.nullcontext():
+        loaded = load(folder)
+    [lora] = [part for _, part in loaded.peft.method.parts if isinstance(part, pj.Lora)]
+    assert (lora.alpha, len(loaded.notes)) == (alpha, int(alpha == 2))
 
 
 def test_query_key_and_value_in_one_layer(tmp_path):

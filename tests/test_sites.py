@@ -168,6 +168,30 @@ def test_a_leaf_of_another_module_is_no_bias():
     assert linear.bias == ()
 
 
+LOOKED_UP = {
+    'nothing': (lambda rows, p: rows, 1),
+    'a number': (lambda rows, p: rows * 2.5, 2.5),
+    'an array that is known': (lambda rows, p: jnp.float32(3) * rows, 3),
+    'after a cast': (lambda rows, p: rows.astype(jnp.bfloat16) * jnp.bfloat16(7**0.5), 2.640625),
+    'divided': (lambda rows, p: rows / 4, 0.25),
+    'divides': (lambda rows, p: 4 / rows, None),
+    'later': (lambda rows, p: jnp.tanh(rows) * 4, 1),
+    'a leaf': (lambda rows, p: rows * p['norm']['scale'], None),
+    'numbers': (lambda rows, p: rows * jnp.arange(4.0), None),
+    'itself': (lambda rows, p: rows * rows, None),
+    'two numbers': (lambda rows, p: rows * 2 + p['embed']['table'][TOKENS] * 3, None),
+    'one number twice': (lambda rows, p: rows * 2 + p['embed']['table'][TOKENS] * 2, 2),
+}
+
+
+@pytest.mark.parametrize('name', LOOKED_UP)
+def test_what_is_looked_up_may_be_multiplied_at_once(name):
+    times, scale = LOOKED_UP[name]
+    table = pj.sites(lambda p, i: times(jnp.take(p['embed']['table'], i, 0), p), PARAMS, TOKENS)
+    scales = {site.path: site.scale for site in table}
+    assert scales.pop('embed/table') == scale and set(scales.values()) <= {None}
+
+
 def test_named_values_know_their_layers():
     def block(x, w):
         return checkpoint_name(x @ w, 'hidden'), None

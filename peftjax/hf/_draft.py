@@ -15,6 +15,9 @@ from peftjax.methods import TrainableTokens
 
 DELTA = '.trainable_tokens_delta'
 
+Names = tuple[str, ...] | str
+"""Of modules, or one regular expression."""
+
 
 @dataclasses.dataclass(eq=False)
 class Draft:
@@ -95,22 +98,34 @@ def adapted(
     return whole_leaves(model, found)
 
 
-def plan_tokens(draft: Draft, stored: Stored, model: Model, ids: Mapping[str, Any]) -> None:
+def plan_tokens(
+    draft: Draft, stored: Stored, model: Model, key: str, ids: Mapping[Names, tuple[int, ...]]
+) -> None:
     """Adds the rows of embeddings that were trained.
 
     Args:
       draft: to add to.
       stored: the adapter.
       model: the base.
-      ids: for modules by the end of their names, `''` for any, the tokens.
+      key: of the configuration that names the tables, for messages.
+      ids: the tokens, by names of tables as of `target_modules`; without a name they are of every
+        table that the adapter has rows of.
+
+    Raises:
+      CheckpointError: the configuration asks for rows that are not there.
     """
-    owners = [name.removesuffix(DELTA) for name in stored.tensors if name.endswith(DELTA)]
-    for i, owner in enumerate(o for o in owners if model.table.weight(o) is not None):
-        fits = (v for end, v in ids.items() if not end or f'.{owner}'.endswith(f'.{end}'))
-        tokens = next(fits, None)
-        if tokens is None:
-            continue
-        target = model.target(whole_leaves(model, [owner]))
+    rows = [name.removesuffix(DELTA) for name in stored.tensors if name.endswith(DELTA)]
+    there = [name for name, _ in model.table.adaptable()]
+    owners: dict[str, tuple[int, ...]] = {}
+    for names, tokens in ids.items():
+        dead = unmatched([*there, *rows], names)
+        draft.listed += [f'{key} {name!r}, which no module has' for name in dead]
+        wanted = [name for name in there if targeted(name, {'target_modules': names})]
+        if not names:
+            wanted = [name for name in there if name in rows] or ['*']
+        owners = dict.fromkeys(wanted, tokens) | owners
+    require((f'{o}{DELTA}' for o in owners), stored.tensors, stored.where, 'all rows of tokens')
+    for i, (owner, tokens) in enumerate(owners.items()):
         draft.methods[f'tokens_{i + 1}' if i else 'tokens'] = TrainableTokens(
-            target=target, ids=tuple(tokens)
+            target=model.target(whole_leaves(model, [owner])), ids=tokens
         )

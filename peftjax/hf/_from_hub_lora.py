@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from peftjax._types import Path
 from peftjax.hf._config import Fields
 from peftjax.hf._draft import Draft, adapted
+from peftjax.hf._hub import UNSCALED
 from peftjax.hf._model import Model
 from peftjax.hf._plan import require
 from peftjax.hf._stored import Stored
@@ -31,7 +32,8 @@ def plan_hub_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) ->
     )
     draft.note_idle(fields, ('init_weights',))
     scaling = fields.text('composition_mode', 'add') == 'scale'
-    rank, alpha = fields.integer('r', 8), fields.number('alpha', 8)
+    rank = fields.integer('r', 8)
+    alpha = _alpha(fields, rank, stored, draft)
     suffix = '.ia3_l' if scaling else '.lora_A.weight'
     leaves = adapted(model, stored, {}, (suffix,), draft)
     parts = _parts(fields)
@@ -60,6 +62,20 @@ def plan_hub_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) ->
     if dora:
         for module in (m for names in leaves.values() for m in names):
             draft.rewrites.append(_decomposed(module, alpha / rank, model, draft))
+
+
+def _alpha(fields: Fields, rank: int, stored: Stored, draft: Draft) -> float:
+    """What was trained with, which is not what is written where the version had no scale."""
+    alpha = fields.number('alpha', 8)
+    version = Fields(stored.config, stored.where).text('version', '')
+    # AdapterHub corrects a LoRA that stands alone; one in a union was trained so, too.
+    if alpha == rank or not UNSCALED.match(version):
+        return alpha
+    draft.notes.append(
+        f'{version} trained without the scale alpha / r, which newer versions have: the adapter is '
+        f'loaded as it was trained, with alpha={rank} in place of {alpha}'
+    )
+    return rank
 
 
 def _parts(fields: Fields) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 from peftjax._lowrank import LowRankMethod
 from peftjax._types import Path
 from peftjax.hf._config import Fields, whole
-from peftjax.hf._draft import Draft, adapted, plan_tokens
+from peftjax.hf._draft import Draft, Names, adapted, plan_tokens
 from peftjax.hf._from_parameters import plan_parameters
 from peftjax.hf._model import Model
 from peftjax.hf._names import fits, pattern_of
@@ -68,8 +68,8 @@ def plan_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) -> Non
         draft.listed += [f'{key} {pattern!r}, which no adapted module has' for pattern in dead]
     _biases(fields, stored, model, draft, modules)
     if fields.flag('lora_bias') and method is not None:
-        draft.rewrites.append(_lora_bias(model, draft, method, leaves))
-    plan_tokens(draft, stored, model, _token_ids(fields))
+        draft.rewrites.append(_lora_bias(stored, model, draft, method, leaves))
+    plan_tokens(draft, stored, model, 'trainable_token_indices', _token_ids(fields))
 
 
 def _note_start(fields: Fields, draft: Draft) -> None:
@@ -149,9 +149,16 @@ def _biases(fields: Fields, stored: Stored, model: Model, draft: Draft, modules:
 
 
 def _lora_bias(
-    model: Model, draft: Draft, method: LowRankMethod, leaves: Mapping[Path, tuple[str, ...]]
+    stored: Stored,
+    model: Model,
+    draft: Draft,
+    method: LowRankMethod,
+    leaves: Mapping[Path, tuple[str, ...]],
 ) -> Any:
-    """A bias of `lora_B` is added with the product, hence scaled: it goes to the layer's bias."""
+    """A bias of `lora_B` is added with the product, hence scaled: it goes to the layer's bias.
+
+    That is the base's, or the one that was trained beside it.
+    """
     scales: dict[str, float] = {}
     for path, modules in leaves.items():
         for module in modules:
@@ -161,15 +168,17 @@ def _lora_bias(
                     'to add it to. Add a bias of zeros to params'
                 )
             scales[module] = method.scale_at(model.table.sites[path])
-    base = {module: model.value(f'{module}.bias') for module in scales}
-    draft.saved.update(f'{module}.bias' for module in scales)
+    trained = (f'{module}.lora_B.bias' for module in scales)
+    require(trained, stored.tensors, stored.where, 'lora_B.bias for every module')
+    biases = {f'{module}.bias' for module in scales}
+    base = {name: model.value(name) for name in biases - stored.tensors.keys()}
+    draft.saved |= biases
 
     def rewrite(tensors: dict[str, Any]) -> dict[str, Any]:
         found = dict(tensors)
         for module, scale in scales.items():
-            if f'{module}.lora_B.bias' in found:
-                trained = found.pop(f'{module}.lora_B.bias')
-                found[f'{module}.bias'] = base[module] + scale * trained
+            name, trained = f'{module}.bias', found.pop(f'{module}.lora_B.bias')
+            found[name] = (found[name] if name in found else base[name]) + scale * trained
         return found
 
     return rewrite
@@ -214,11 +223,11 @@ def _check_shared(leaves: Mapping[Path, Any], model: Model, draft: Draft) -> Non
             )
 
 
-def _token_ids(fields: Fields) -> dict[str, tuple[int, ...]]:
+def _token_ids(fields: Fields) -> dict[Names, tuple[int, ...]]:
     """Tokens by the module whose rows they are; of a list, any."""
     found = fields.value('trainable_token_indices', {})
-    found = found if isinstance(found, dict) else {'': found}
-    for ids in found.values():
+    lists = found if isinstance(found, dict) else {'': found}
+    for ids in lists.values():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise fields.wrong('trainable_token_indices', 'lists of token ids', found)
-    return {module: tuple(ids) for module, ids in found.items()}
+    return {(module,) if module else (): tuple(ids) for module, ids in lists.items() if ids}

@@ -63,8 +63,11 @@ def plan_parameters(fields: Fields, stored: Stored, model: Model, draft: Draft) 
     """
     targets = fields.names('target_parameters')
     targets = (targets,) if isinstance(targets, str) else targets
-    hit = lambda name: any(name == t or name.endswith(f'.{t}') for t in targets)
-    found = [one for one in (*_plain(model, stored), *_of_experts(model)) if hit(one.name)]
+    every = (*_plain(model, stored), *_of_experts(model))
+    hit = lambda one, target: f'.{one.name}'.endswith(f'.{target}')
+    dead = [target for target in targets if not any(hit(one, target) for one in every)]
+    draft.listed += [f'target_parameters {target!r}, which no parameter has' for target in dead]
+    found = [one for one in every if any(hit(one, target) for target in targets)]
     if not found:
         return Targets({}, {})
     renamed = _unwrapped(found, stored, fields)

@@ -6,14 +6,17 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax._paths import matches
 from peftjax.hf._config import Fields
 from peftjax.hf._draft import DELTA, Draft, adapted, plan_tokens
 from peftjax.hf._from_lora import plan_lora
 from peftjax.hf._model import Model
 from peftjax.hf._names import is_below
 from peftjax.hf._plan import Plan, require
+from peftjax.hf._prefix import scale_note
 from peftjax.hf._stored import Stored
 from peftjax.methods import Ia3, PrefixTuning, PromptTuning
+from peftjax.methods.prompt import EMBEDDINGS
 
 SUFFIX = re.compile(
     r'\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|'
@@ -94,16 +97,17 @@ def _feeds_forward(modules: tuple[str, ...], names: tuple[str, ...] | str) -> bo
 
 
 def _prompt(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
-    del stored, model
+    del stored
     draft.note_idle(
         fields, ('prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs')
     )
     start = fields.text('prompt_tuning_init', 'RANDOM')
     if start not in STARTS:
         draft.note_idle(fields, ('prompt_tuning_init',))
-    draft.methods['prompt_tuning'] = PromptTuning(
-        length=_length(fields, draft), initial=STARTS.get(start, 'random')
-    )
+    method = PromptTuning(length=_length(fields, draft), initial=STARTS.get(start, 'random'))
+    draft.methods['prompt_tuning'] = method
+    tables = (site for site in model.table.sites.values() if matches(EMBEDDINGS, site.path))
+    draft.notes += scale_note(tables)
 
 
 def _prefix(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
@@ -146,17 +150,20 @@ def _length(fields: Fields, draft: Draft) -> int:
 
 
 def _tokens(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
-    draft.note_idle(
-        fields, ('init_weights', 'target_modules', 'exclude_modules', 'modules_to_save')
-    )
-    plan_tokens(draft, stored, model, {'': fields.integers('token_indices')})
+    draft.note_idle(fields, ('init_weights', 'exclude_modules'))
+    ids = {fields.names('target_modules'): fields.integers('token_indices')}
+    plan_tokens(draft, stored, model, 'target_modules', ids)
 
 
 def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     """Parameters that are trained in full, and copies of the base."""
     owners = fields.names('modules_to_save')
     owners = (owners,) if isinstance(owners, str) else owners
-    names = [n for n in model.table.stored_parameters() if is_below(n.rpartition('.')[0], owners)]
+    every = model.table.stored_parameters()
+    modules = [name.rpartition('.')[0] for name in (*every, *stored.tensors)]
+    dead = [owner for owner in owners if not any(is_below(m, (owner,)) for m in modules)]
+    draft.listed += [f'modules_to_save {owner!r}, which no module has' for owner in dead]
+    names = [name for name in every if is_below(name.rpartition('.')[0], owners)]
     require(names, stored.tensors, stored.where, 'every parameter')
     draft.saved.update(names)
     # With bias='all' PEFT writes the biases of such a module once more, and those that it replaced.
@@ -196,7 +203,8 @@ def _once_more(stored: Stored, model: Model) -> set[str]:
 
 def _check_copy(name: str, stored: Stored, model: Model) -> None:
     """A parameter beside the adapter, such as the table of an adapted embedding."""
-    ours, theirs, place = np.asarray(model.value(name)), stored.tensors[name], model.place(name)
+    ours, place = np.asarray(model.value(name)), model.place(name)
+    theirs = np.asarray(model.rounded(name, stored.tensors[name]))
     assert place is not None
     error = float(jnp.finfo(place.site.dtype).eps)
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=error, atol=error**2):

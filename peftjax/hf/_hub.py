@@ -1,12 +1,17 @@
 """AdapterHub's names: where its adapters lie in the models that it knows."""
 
 import dataclasses
+import re
 from typing import Any
 
 from peftjax.methods.adapter import ACTIVATIONS
 
 VERSION = 'adapters.1.3.0'
-"""Of the format that is written; older versions scaled LoRA otherwise, and are corrected."""
+"""Of the format that is written."""
+
+UNSCALED = re.compile(r'adapters\.(0\.|1\.0(\.|$)|1\.1\.0\.dev)')
+"""Versions that left `alpha / r` out of LoRA, whatever `alpha` they wrote; adapter-transformers,
+whose versions have no name in front, did not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

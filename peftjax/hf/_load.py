@@ -106,7 +106,8 @@ def load_adapter(
       FileNotFoundError: there is no adapter in safetensors.
       CheckpointError: a file is damaged, a value of the wrong kind, or tensors are missing, of
         another shape, or without a place.
-      ValueError: the adapter computes what cannot be represented here, or is not finite.
+      ValueError: the adapter computes what cannot be represented here, or is not finite; or it is a
+        prompt, and what the model multiplies embeddings with is no number.
 
     Warns:
       UserWarning: see `strict`, and `LoadedAdapter.notes`.

@@ -89,7 +89,7 @@ def _layout(
     table: Table,
 ) -> Layout:
     if isinstance(part, PromptTuning):
-        return prompt_layout(shape)
+        return prompt_layout(sites[path], shape)
     if isinstance(part, PrefixTuning):
         return prefix_layout(path, name, shape, tuple(sites.values()))
     return layout(part, sites[path], table, name, shape)

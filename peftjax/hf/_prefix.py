@@ -19,9 +19,48 @@ INDEX = re.compile(rf'(?:^|/)(?:{"|".join(one for one in LISTS if one != "expert
 KEY_VALUE = ('@key', '@value')
 
 
-def prompt_layout(shape: tuple[int, ...]) -> Layout:
-    """A prompt: `(tokens, width)`."""
-    return Layout((Slot(STORED, shape, lambda t: t, lambda p: p),))
+def prompt_layout(site: Site, shape: tuple[int, ...]) -> Layout:
+    """A prompt: `(tokens, width)`, as the table yields its rows.
+
+    Args:
+      site: the table, or a named value.
+      shape: of the array.
+
+    Raises:
+      ValueError: as of `prompt_scale`.
+    """
+    scale = prompt_scale(site)
+    return Layout((Slot(STORED, shape, lambda t: t / scale, lambda p: p * scale),))
+
+
+def prompt_scale(site: Site) -> float:
+    """What rows of ours are multiplied with before they are what Hugging Face's table yields.
+
+    Gemma's table multiplies what it looks up; ours holds rows, and the model multiplies them.
+
+    Raises:
+      ValueError: it is not known.
+    """
+    if site.kind == 'named':
+        return 1.0
+    if site.scale is None:
+        raise ValueError(
+            f'a prompt is stored as the table yields its rows: what is looked up in {site.path!r} '
+            'must be multiplied with one number that is known when the function is traced, or with '
+            'none. Attach the method once more if the plan was saved by an older version'
+        )
+    return site.scale
+
+
+def scale_note(sites: Iterable[Site]) -> list[str]:
+    """What the user should know where a prompt is scaled."""
+    return [
+        f'what is looked up in {site.path!r} is multiplied with {site.scale:g}: the prompt is '
+        'stored multiplied, as Gemma has it since transformers 5.4; before, Gemma 1 and 2 '
+        'multiplied outside of the table'
+        for site in sites
+        if site.kind == 'embedding' and site.scale not in (None, 1)
+    ]
 
 
 def prefix_layout(path: Path, name: str, shape: tuple[int, ...], sites: tuple[Site, ...]) -> Layout:

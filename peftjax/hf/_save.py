@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peftjax import _arrays, _folder, _manifest, _names
+from peftjax import _arrays, _folder, _manifest, _names, _paths
 from peftjax._peft import Peft
 from peftjax._types import Phi, PyTree
 from peftjax._version import __version__
@@ -22,6 +22,10 @@ from peftjax.hf._to_peft import to_peft
 from peftjax.hf._writing import Writing
 
 FORMATS = ('peft', 'adapterhub')
+CLASSIFIED = ('SEQ_CLS', 'TOKEN_CLS')
+TASKS = (*CLASSIFIED, 'CAUSAL_LM', 'FEATURE_EXTRACTION', 'QUESTION_ANS', 'SEQ_2_SEQ_LM')
+"""What PEFT calls the tasks that it knows; it loads no adapter of another."""
+
 CLASSIFIER, CLASSIFIER_CONFIG = 'classifier.safetensors', 'classifier.json'
 """A classifier that no class of theirs has; they do not look at it."""
 
@@ -82,7 +86,9 @@ def save_adapter(
       phi: of it.
       format: `peft` or `adapterhub`.
       base_model: what they call `base_model_name_or_path` or `model_name`.
-      task_type: `CAUSAL_LM`, `SEQ_CLS`, …; PEFT needs it for prompts and prefixes.
+      task_type: one of those that PEFT knows, `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`,
+        `SEQ_2_SEQ_LM`, `QUESTION_ANS` or `FEATURE_EXTRACTION`; it needs one for prompts and
+        prefixes.
       model_type: as in the base's `config.json`; AdapterHub needs it, since it has places of its
         own in each kind of model.
       head: of a prediction head trained as `heads/…`, what AdapterHub calls its configuration; as
@@ -179,6 +185,11 @@ def _peft(
     peft: Peft, phi: Phi, names: Naming, base_model: str | None, task_type: str | None
 ) -> Content:
     """PEFT's folder."""
+    if task_type not in (None, *TASKS):
+        raise ValueError(
+            f'task_type must be one of {", ".join(TASKS)}; got {task_type!r:.80}. Nearest: '
+            f'{_paths.nearest(str(task_type).upper(), TASKS, 1)[0]!r}'
+        )
     export = to_peft(*peft.fold(phi), names)
     prompted = export.config['peft_type'] in ('PROMPT_TUNING', 'PREFIX_TUNING')
     if prompted and task_type is None:
@@ -207,7 +218,7 @@ def _hub(peft: Peft, phi: Phi, names: Naming, about: About) -> Content:
 
 def _check_head(task_type: str | None, export: Writing) -> None:
     """PEFT takes it for granted that a classifier is trained with its adapter."""
-    if task_type not in ('SEQ_CLS', 'TOKEN_CLS'):
+    if task_type not in CLASSIFIED:
         return
     saved = export.config.get('modules_to_save', [])
     heads = {path.partition('/')[0] for path in export.paths} & {'classifier', 'score'}

@@ -18,8 +18,9 @@ def suffixes(
       naming: from paths to names.
 
     Returns:
-      An end of the name for all layers together; full names where some layers are left out, or
-      where no end without the number of the layer tells them from others.
+      An end of the name for all layers together, of two parts where several kinds of modules have
+      the last one; full names where some layers are left out, or where no end without the number of
+      the layer tells them from others.
 
     Example:
       >>> from peftjax.hf import hugging_face_name
@@ -27,13 +28,29 @@ def suffixes(
       >>> chosen = {path: (path[:-7].replace('/', '.'),) for path in paths[1:]}
       >>> suffixes(chosen, paths, hugging_face_name)
       ['down', 'mlp.up']
+      >>> chosen = {path: (path[:-7].replace('/', '.'),) for path in paths}
+      >>> suffixes(chosen, paths, hugging_face_name)
+      ['attn.up', 'down', 'mlp.up']
     """
     kinds = {path: together(naming(path)).rpartition('.')[0] for path in every}
     others = {kind for path, kind in kinds.items() if path not in chosen}
     mine: dict[str, tuple[str, ...]] = {}
     for path, modules in chosen.items():
         mine[kinds[path]] = (*mine.get(kinds[path], ()), *modules)
-    return sorted({end for kind, names in mine.items() for end in ends(kind, names, others)})
+    found = (ends(k, names, others, _least(k, kinds.values())) for k, names in mine.items())
+    return sorted({end for several in found for end in several})
+
+
+def _least(kind: str, every: Iterable[str]) -> int:
+    """How many parts the end of a name needs.
+
+    What several kinds of modules are called, others may be called too which the Hugging Face model
+    has and ours has not: BERT's layers have a `dense`, and so has its pooler. In a layer the module
+    that holds it tells them apart.
+    """
+    owner, _, last = kind.rpartition('.')
+    alike = {other for other in every if other.rpartition('.')[2] == last}
+    return 2 if len(alike) > 1 and owner and not owner.endswith('#') else 1
 
 
 def ends(kind: str, names: tuple[str, ...], others: set[str], least: int = 1) -> tuple[str, ...]:

@@ -14,7 +14,14 @@ from peftjax.hf._experts import is_expert
 from peftjax.hf._from_peft import STARTS
 from peftjax.hf._layout import layout
 from peftjax.hf._names import Naming
-from peftjax.hf._prefix import STORED, check_layers, count_layers, store_prefix
+from peftjax.hf._prefix import (
+    STORED,
+    check_layers,
+    count_layers,
+    prompt_layout,
+    scale_note,
+    store_prefix,
+)
 from peftjax.hf._suffix import together
 from peftjax.hf._to_lora import write_lora
 from peftjax.hf._writing import Part, Writing
@@ -90,7 +97,8 @@ def _prompt(out: Writing, part: Part) -> None:
     _virtual(out, part.method, 'PROMPT_TUNING', rows.shape[1])
     starts = [start for start, initial in STARTS.items() if initial == part.method.initial]
     out.config['prompt_tuning_init'] = starts[0] if starts else 'RANDOM'
-    out.tensors[STORED] = rows
+    out.tensors |= prompt_layout(site, rows.shape).store(rows)
+    out.notes += scale_note(part.sites)
 
 
 def _prefix(out: Writing, part: Part) -> None:
