@@ -125,8 +125,10 @@ def read_config(fields: Mapping[str, Any]) -> EncoderConfig:
     known = {field.name: field for field in dataclasses.fields(EncoderConfig)}
     needed = [name for name, field in known.items() if field.default is dataclasses.MISSING]
     check_sizes(fields, [name for name in needed if name != 'model_type'])
+    family: Any = fields.get('model_type')
     taken = {name: fields[name] for name in known if fields.get(name) is not None}
-    taken.setdefault('pad_token_id', _PAD_TOKEN_ID.get(taken['model_type'], 0))
-    if 'id2label' in fields and 'num_labels' not in taken:
+    taken['model_type'] = family  # a null is refused with the names that there are
+    taken.setdefault('pad_token_id', _PAD_TOKEN_ID.get(family, 0))
+    if fields.get('id2label') is not None and 'num_labels' not in taken:
         taken['num_labels'] = len(fields['id2label'])
     return EncoderConfig(**taken)

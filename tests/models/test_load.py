@@ -231,6 +231,7 @@ def test_an_unreachable_hub_is_named(monkeypatch):
     ('change', 'match'),
     [
         ({'model_type': 'gpt2'}, "model_type must be one of .*'gpt2'"),
+        ({'model_type': None}, 'model_type must be one of .*None'),
         ({'position_embedding_type': 'relative_key'}, "position_embedding_type must be 'absolute'"),
         ({'is_decoder': True}, 'is_decoder must be False'),
         ({'add_cross_attention': True}, 'add_cross_attention must be False'),
