@@ -19,12 +19,15 @@ class Cache(NamedTuple):
       value: as `key`.
       mask: bool `(batch, slots)`, True where a real token was read.
       index: int32 scalar, number of slots filled.
+      length: int32 `(batch,)`, where a rotation goes by it (`Rope`): of the text that a row may
+        become; 0 until it is known.
     """
 
     key: jax.Array
     value: jax.Array
     mask: jax.Array
     index: jax.Array
+    length: jax.Array | None = None
 
 
 class Store(NamedTuple):

@@ -14,7 +14,13 @@ from peftjax.models._decoder_block import Block, Layer, norm
 from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._kernel import keep
 from peftjax.models._layers import Embedding, linear
-from peftjax.models._sight import Sight, count_positions, find_places, find_sights
+from peftjax.models._sight import (
+    Sight,
+    count_positions,
+    find_lengths,
+    find_places,
+    find_sights,
+)
 from peftjax.models._split import gathered_head, split_rows
 from peftjax.models._stack import stack
 
@@ -182,7 +188,8 @@ class Decoder(nn.Module):
         places, reading = find_places(shape, attention_mask, segment_ids, cache)
         if position_ids is None:
             position_ids = count_positions(places)
-        sights = find_sights(config.kinds, places, position_ids)
+        length, reading = find_lengths(config.kinds, places, position_ids, reading)
+        sights = find_sights(config.kinds, places, position_ids, length)
         store = None if cache is None else Store(cache.key, cache.value, cache.index)
         x, store = self.body(input_ids, position_ids, sights, store)
         if reading is None or store is None:
@@ -247,7 +254,8 @@ class Decoder(nn.Module):
 
         Args:
           batch: number of rows.
-          slots: most tokens that will be read, padding and virtual tokens included.
+          slots: most tokens that will be read, padding and virtual tokens included. `dynamic` and
+            `longrope` rotations take a text to become as long as they allow (`Rope`).
           dtype: of keys and values; None is that of the computation.
 
         Returns:
@@ -257,9 +265,11 @@ class Decoder(nn.Module):
         kept = (config.attention.kv_heads, config.attention.head_dim)
         shape = (config.num_hidden_layers, batch, slots, *kept)
         dtype = self.compute.dtype if dtype is None else dtype
+        by_length = any(kind.by_length for kind in config.kinds)
         return Cache(
             key=jnp.zeros(shape, dtype),
             value=jnp.zeros(shape, dtype),
             mask=jnp.zeros((batch, slots), jnp.bool_),
             index=jnp.zeros((), jnp.int32),
+            length=jnp.zeros(batch, jnp.int32) if by_length else None,
         )
