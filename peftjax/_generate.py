@@ -4,7 +4,6 @@ Prompts are moved to the end of their rows, so that every row's next token follo
 All but the last token of the prompt are read at once, without logits; the loop begins with it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,71 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from peftjax._sampling import Sampling
 from peftjax._types import Array, Forward, Phi, PyTree
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    Attributes:
-      temperature: logits are divided by it; above 0.
-      top_k: only so many of the likeliest tokens may be drawn; None is all.
-      top_p: only the likeliest tokens that together have this probability may be drawn, at least
-        one; 1 is all. Applied after `top_k`.
-
-    Raises:
-      ValueError: a value out of its range.
-
-    Example:
-      >>> import peftjax as pj
-      >>> pj.Sampling(temperature=0.7, top_p=0.9)
-      Sampling(temperature=0.7, top_k=None, top_p=0.9)
-
-    Reference: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751
-    (top-p).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f'Sampling: temperature must be above 0; got {self.temperature!r}. The likeliest '
-                'token without drawing is sampling=None'
-            )
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ValueError(f'Sampling: top_k must be None or a number from 1; got {self.top_k!r}')
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f'Sampling: top_p must be above 0, at most 1; got {self.top_p!r}')
-
-    def draw(self, key: Array, logits: Array) -> Array:
-        """Draws tokens.
-
-        Args:
-          key: typed PRNG key.
-          logits: `(batch, vocabulary)`.
-
-        Returns:
-          int32 `(batch,)`.
-        """
-        logits = logits.astype(jnp.float32) / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            logits = jnp.where(logits < _nucleus(logits, self.top_p), -jnp.inf, logits)
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
-
-
-def _nucleus(logits: Array, mass: float) -> Array:
-    """The least logit of the likeliest tokens that together have some probability, `(batch, 1)`."""
-    falling = -jnp.sort(-logits, axis=-1)
-    odds = jax.nn.softmax(falling, axis=-1)
-    before = jnp.cumsum(odds, axis=-1) - odds
-    return jnp.where(before < mass, falling, jnp.inf).min(axis=-1, keepdims=True)
 
 
 class Generated(NamedTuple):

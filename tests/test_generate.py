@@ -173,6 +173,35 @@ def test_tokens_are_drawn_by_their_odds(sampling, odds):
     np.testing.assert_allclose(found, odds, atol=5 * 0.5 / np.sqrt(count))
 
 
+@pytest.mark.parametrize('temperature', [1e-30, 1e-38, 1e-45, 1e-300])
+def test_the_least_temperatures_draw_the_likeliest_token(temperature):
+    logits = jnp.array([[20.0, 100.0, 60.0, -jnp.inf], [1.0, 0.0, 1.001, 0.5]])
+    draw = pj.Sampling(temperature=temperature).draw
+    for seed in range(4):
+        assert draw(jax.random.key(seed), logits).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('temperature', [1e38, 1e300, float('inf')])
+def test_the_greatest_temperatures_draw_whatever_can_be(temperature):
+    logits = jnp.broadcast_to(jnp.array([9.0, -jnp.inf, 0.0]), (100, 3))
+    drawn = pj.Sampling(temperature=temperature).draw(jax.random.key(0), logits)
+    assert set(drawn.tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ('sampling', 'drawn'),
+    [
+        (pj.Sampling(top_k=1), {0}),
+        (pj.Sampling(top_k=3), {0, 1, 2}),
+        (pj.Sampling(top_p=0.2), {0, 1}),  # each has 1/8
+        (pj.Sampling(top_k=4, top_p=0.3), {0, 1}),
+    ],
+    ids=str,
+)
+def test_no_more_are_drawn_from_where_all_are_alike(sampling, drawn):
+    assert set(sampling.draw(jax.random.key(0), jnp.zeros((200, 8))).tolist()) == drawn
+
+
 def test_one_program_serves_every_call():
     peft, phi = adapted('lora')
     traces = []
