@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
+from peftjax._processes import whole
 from peftjax._sampling import Sampling
 from peftjax._types import Array, Forward, Phi, PyTree
 
@@ -38,6 +41,7 @@ class _Plan(NamedTuple):
     decode: Forward
     init_cache: Callable[[int, int], Any]
     virtual: int
+    shifted: int
     counted: bool
     length: int
     sampling: Sampling | None
@@ -72,7 +76,10 @@ def generate(
       phi: as from `Peft.init`.
       tokens: int `(batch, tokens)`, prompts, padded on either side.
       attention_mask: `(batch, tokens)`, nonzero at real tokens; None is all. Each row needs one.
-      init_cache: `(batch, slots) -> cache`, an empty cache, such as `model.init_cache`.
+      init_cache: `(batch, slots) -> cache`, an empty cache, such as `model.init_cache`. There are
+        slots for the prompts as they are padded, virtual tokens and `length`. Where rotations go by
+        the length of a text (`dynamic`, `longrope`), that of a row is its real tokens, the virtual
+        ones that it counts, and `length`, from the first step on and wherever it ends.
       length: the most tokens to generate.
       sampling: how tokens are drawn; None takes the likeliest (greedy).
       key: typed PRNG key, for sampling.
@@ -83,7 +90,8 @@ def generate(
       Tokens, their numbers, and their log-probabilities.
 
     Raises:
-      ValueError: no tokens, a length below 1, sampling without a key or a key without sampling.
+      ValueError: no tokens, a length below 1, sampling without a key or a key without sampling; a
+        mask of another shape, or a row of it without a token; virtual tokens at the back.
 
     Example:
       >>> import jax, peftjax as pj
@@ -100,12 +108,14 @@ def generate(
       ((1, 4), 4)
     """
     _check(tokens, length, sampling, key)
+    _check_mask(tokens, attention_mask)
     prefill, decode, rooms = _forwards(forward)
     plan = _Plan(
         prefill,
         decode,
         init_cache,
         sum(room.length for room in rooms),
+        sum(room.length for room in rooms if room.shift),
         any(not room.shift for room in rooms),
         length,
         sampling,
@@ -132,12 +142,39 @@ def _check(tokens: Array, length: int, sampling: Sampling | None, key: Array | N
         )
 
 
+def _check_mask(tokens: Array, mask: Array | None) -> None:
+    """Refuses a mask that does not go with the tokens, and, where it has values, an empty row."""
+    if mask is not None and jnp.shape(mask) != tokens.shape:
+        raise ValueError(
+            f'attention_mask must have a number for each token, shape {tokens.shape}; got shape '
+            f'{jnp.shape(mask)}'
+        )
+    if empty := np.flatnonzero(_counts(tokens, mask) == 0).tolist():
+        raise ValueError(
+            'attention_mask must leave each row a real token, to begin with; it leaves none in '
+            f'rows {empty}. Give the beginning-of-text token'
+        )
+
+
+def _counts(tokens: Array, mask: Array | None) -> np.ndarray:
+    """How many real tokens each prompt has: at least one, as far as is known of a traced mask."""
+    batch, width = tokens.shape
+    if mask is None or isinstance(mask, Tracer):
+        return np.full(batch, width if mask is None else 1)
+    return (whole(mask) != 0).sum(axis=1)
+
+
 def _forwards(forward: Forward) -> tuple[Forward, Forward, tuple[Any, ...]]:
     """The forward of the prompt, that of what follows, and the virtual tokens read between."""
     peft = getattr(forward, 'peft', None)
     if peft is None:
         return forward, forward, ()
     rooms = tuple(part.virtual for _, part in peft.method.parts if part.virtual is not None)
+    if back := [room.length for room in rooms if room.side == 'back']:
+        raise ValueError(
+            'virtual tokens must lie in front of a text that goes on, where all that follows sees '
+            f"them; got {sum(back)} with side='back'. Attach the method with side='front'"
+        )
     return forward, forward.continued if rooms else forward, rooms
 
 
@@ -158,7 +195,8 @@ def _run(
         _, cache = plan.prefill(
             params, phi, tokens[:, :-1], attention_mask=real, cache=cache, **where
         )
-    return _loop(plan, params, phi, tokens[:, -1], positions[:, -1], cache, key)
+    # Later calls know of no virtual tokens: what those add to positions is added here.
+    return _loop(plan, params, phi, tokens[:, -1], positions[:, -1] + plan.shifted, cache, key)
 
 
 def _to_the_end(tokens: Array, mask: Array) -> tuple[Array, Array]:

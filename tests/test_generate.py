@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import peftjax as pj
-from peftjax.models import Decoder, read_decoder_config
+from peftjax.models import Cache, Decoder, read_decoder_config
 
 CONFIG = read_decoder_config(
     {
@@ -37,6 +37,9 @@ METHODS = {
     'prefix': pj.PrefixTuning(length=3),
     'prefix without shift': pj.PrefixTuning(length=3, shift=False),
     'chain': pj.chain(pj.Lora(target=LINEAR, rank=2), pj.PromptTuning(length=2), pj.PrefixTuning()),
+    'chain, one without shift': pj.chain(
+        pj.PromptTuning(length=2), pj.PrefixTuning(length=3, shift=False)
+    ),
 }
 LENGTH = 5
 
@@ -84,6 +87,22 @@ def test_the_cache_changes_no_token(name):
         init_cache=MODEL.init_cache, length=LENGTH,
     )  # fmt: skip
     assert (base.tokens != out.tokens).any()
+
+
+@pytest.mark.parametrize('name', [name for name in METHODS if 'without shift' in name])
+def test_positions_go_on_where_the_prompt_left_them(name):
+    peft, phi = adapted(name)
+    forward = peft.wrap(MODEL.apply_fn)
+    out = pj.generate(forward, PARAMS, phi, IDS, init_cache=MODEL.init_cache, length=LENGTH)
+    text = jnp.concatenate([IDS, out.tokens], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(text.shape[1]), text.shape)
+    scores = jax.nn.log_softmax(jax.jit(forward)(PARAMS, phi, text, position_ids=positions))
+    close_to_chosen(out, scores[:, IDS.shape[1] - 1 : -1])
+
+
+def close_to_chosen(out, scores):
+    picked = jnp.take_along_axis(scores, out.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(out.log_probs, picked, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', ['lora', 'prefix'])
@@ -145,9 +164,7 @@ def test_log_probs_are_those_of_the_whole_forward():
         sampling=pj.Sampling(temperature=1.5), key=jax.random.key(5),
     )  # fmt: skip
     text = jnp.concatenate([IDS, out.tokens], 1)
-    scores = jax.nn.log_softmax(forward(PARAMS, phi, text))[:, IDS.shape[1] - 1 : -1]
-    picked = jnp.take_along_axis(scores, out.tokens[..., None], -1)[..., 0]
-    np.testing.assert_allclose(out.log_probs, picked, rtol=1e-4, atol=1e-4)
+    close_to_chosen(out, jax.nn.log_softmax(forward(PARAMS, phi, text))[:, IDS.shape[1] - 1 : -1])
 
 
 LOGITS = jnp.log(jnp.array([0.5, 0.2, 0.15, 0.1, 0.05]))
@@ -224,6 +241,9 @@ def test_one_program_serves_every_call():
         ({'length': 0}, 'length must be at least 1; got 0'),
         ({'sampling': pj.Sampling()}, 'sampling and key go together'),
         ({'key': jax.random.key(0)}, 'sampling and key go together'),
+        ({'attention_mask': jnp.ones((2, 4))}, 'shape \\(2, 5\\); got shape \\(2, 4\\)'),
+        ({'attention_mask': jnp.ones((1, 5))}, 'shape \\(2, 5\\); got shape \\(1, 5\\)'),
+        ({'attention_mask': jnp.ones((2, 5)).at[1].set(0)}, 'it leaves none in rows \\[1\\]'),
     ],
 )
 def test_errors(change, message):
@@ -233,7 +253,82 @@ def test_errors(change, message):
         pj.generate(peft.wrap(MODEL.apply_fn), PARAMS, phi, call.pop('tokens'), **call)
 
 
+@pytest.mark.parametrize('method', [pj.PromptTuning, pj.PrefixTuning])
+def test_virtual_tokens_at_the_back_are_not_continued(method):
+    """No real token would see them in the whole forward, and all that is generated would."""
+    forward, phi = pj.method_wrap(
+        method(length=3, side='back'), MODEL.apply_fn, PARAMS, IDS, key=jax.random.key(1)
+    )
+    with pytest.raises(ValueError, match="in front of a text that goes on.*3 with side='back'"):
+        pj.generate(forward, PARAMS, phi, IDS, init_cache=MODEL.init_cache, length=2)
+
+
 @pytest.mark.parametrize('field', [{'temperature': 0}, {'top_k': 0}, {'top_p': 0}, {'top_p': 1.1}])
 def test_sampling_is_checked(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         pj.Sampling(**field)
+
+
+# Rotations that go by the length of a text --------------------------------------------------------
+
+SCALED = {
+    'longrope': {
+        'model_type': 'phi3',
+        'rope_scaling': {'type': 'longrope', 'short_factor': [1.0, 1.0], 'long_factor': [4.0, 9.0]},
+        'original_max_position_embeddings': 8,
+        'max_position_embeddings': 32,
+    },
+    'dynamic': {
+        'model_type': 'llama',
+        'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0},
+        'max_position_embeddings': 8,
+    },
+}
+VIRTUAL = {
+    'base': pj.Trainable(target='norm'),
+    'prompt': pj.PromptTuning(length=3),
+    'prefix without shift': pj.PrefixTuning(length=3, shift=False),
+    'prompt without shift': pj.PromptTuning(length=3, shift=False),
+}
+
+
+@functools.cache
+def scaled(rotation):
+    fields = {'vocab_size': 37, 'hidden_size': 16, 'num_hidden_layers': 2, 'intermediate_size': 24,
+              'num_attention_heads': 4, 'initializer_range': 0.4}  # fmt: skip
+    model = Decoder(read_decoder_config(fields | SCALED[rotation]))
+    return model, jax.jit(model.init)(jax.random.key(0), IDS)['params']
+
+
+@pytest.mark.parametrize('name', VIRTUAL)
+@pytest.mark.parametrize('rotation', SCALED)
+@pytest.mark.parametrize('length', [2, 3, 6])
+def test_what_is_generated_is_the_whole_text_of_its_length(rotation, name, length):
+    """Rows of five tokens and one, before and after the original length of eight."""
+    model, params = scaled(rotation)
+    say = lambda x: {'position_ids': x} if 'without shift' in name else {}
+    peft = pj.attach(VIRTUAL[name], model.apply_fn, params, IDS, **say(IDS))
+    phi, forward = peft.init(jax.random.key(1), params), peft.wrap(model.apply_fn)
+    mask = jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
+    out = pj.generate(forward, params, phi, IDS, mask, init_cache=model.init_cache, length=length)
+    for row, prompt in enumerate([IDS[:1], IDS[1:, 2:3]]):
+        text = jnp.concatenate([prompt, out.tokens[row : row + 1]], axis=1)
+        logits = forward(params, phi, text, **say(jnp.arange(text.shape[1])[None]))
+        scores = jax.nn.log_softmax(logits)[:, prompt.shape[1] - 1 : -1]
+        close_to_chosen(jax.tree.map(lambda x, row=row: x[row : row + 1], out), scores)
+
+
+def test_rows_of_a_mixed_batch_have_lengths_of_their_own():
+    model, params = scaled('longrope')
+    peft = pj.attach(METHODS['prompt'], model.apply_fn, params, IDS)
+    phis = [peft.init(jax.random.key(seed), params) for seed in (1, 2)]
+    axes = Cache(1, 1, 0, None, 0)
+    mixed = pj.mixed(peft, model.apply_fn, keywords={'cache': axes}, out_axes=(0, axes))
+    mask = jnp.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    run = functools.partial(pj.generate, init_cache=model.init_cache, length=3)
+    out = run(mixed, params, pj.Rows(pj.stack(phis), jnp.array([1, 0])), IDS, mask)
+    for row, place in enumerate([1, 0]):
+        part = slice(row, row + 1)
+        alone = run(peft.wrap(model.apply_fn), params, phis[place], IDS[part], mask[part])
+        np.testing.assert_array_equal(out.tokens[part], alone.tokens)
+        np.testing.assert_allclose(out.log_probs[part], alone.log_probs, atol=1e-5)
