@@ -26,7 +26,7 @@ class Generated(NamedTuple):
       tokens: int32 `(batch, length)`; `pad_id` after a row's end.
       lengths: int32 `(batch,)`, how many are tokens of the row, the stop token among them.
       log_probs: float32 `(batch, length)`, what the model gives each token, whatever the sampling;
-        0 after the end.
+        0 after the end. NaN where logits were not numbers, at which the row ended.
     """
 
     tokens: Array
@@ -68,6 +68,9 @@ def generate(
     Compiled once for each forward, shape of prompts and setting; the loop ends early when all rows
     have ended. Any method works: those of virtual tokens are read once, with the prompt.
 
+    A row ends where its logits are not numbers. That is an error; within a `jax.jit` of one's own,
+    where none can be raised, `lengths` and a NaN among its `log_probs` tell.
+
     Args:
       forward: `forward(params, phi, ids, attention_mask=…, cache=…) -> (logits, cache)`: from the
         front door (`pj.lora_wrap(…)`), from `peft.wrap(model.apply_fn)`, or a function of one's
@@ -79,7 +82,8 @@ def generate(
       init_cache: `(batch, slots) -> cache`, an empty cache, such as `model.init_cache`. There are
         slots for the prompts as they are padded, virtual tokens and `length`. Where rotations go by
         the length of a text (`dynamic`, `longrope`), that of a row is its real tokens, the virtual
-        ones that it counts, and `length`, from the first step on and wherever it ends.
+        ones that it counts, and `length`, from the first step on and wherever it ends. Where it has
+        an attribute `positions`, a number of learned ones, no more are asked of the model.
       length: the most tokens to generate.
       sampling: how tokens are drawn; None takes the likeliest (greedy).
       key: typed PRNG key, for sampling.
@@ -91,7 +95,8 @@ def generate(
 
     Raises:
       ValueError: no tokens, a length below 1, sampling without a key or a key without sampling; a
-        mask of another shape, or a row of it without a token; virtual tokens at the back.
+        mask of another shape, or a row of it without a token; virtual tokens at the back; more
+        tokens than positions; logits that are not numbers.
 
     Example:
       >>> import jax, peftjax as pj
@@ -122,9 +127,12 @@ def generate(
         tuple(int(token) for token in stop),
         pad_id,
     )
+    _check_positions(plan, _counts(tokens, attention_mask))
     mask = jnp.ones(tokens.shape) if attention_mask is None else jnp.asarray(attention_mask)
     key = jax.random.key(0) if key is None else key  # nothing is drawn without sampling
-    return _run(plan, params, phi, jnp.asarray(tokens), mask.astype(jnp.bool_), key)
+    out = _run(plan, params, phi, jnp.asarray(tokens), mask.astype(jnp.bool_), key)
+    _check_numbers(out)
+    return out
 
 
 def _check(tokens: Array, length: int, sampling: Sampling | None, key: Array | None) -> None:
@@ -153,6 +161,33 @@ def _check_mask(tokens: Array, mask: Array | None) -> None:
         raise ValueError(
             'attention_mask must leave each row a real token, to begin with; it leaves none in '
             f'rows {empty}. Give the beginning-of-text token'
+        )
+
+
+def _check_positions(plan: _Plan, counts: np.ndarray) -> None:
+    """Refuses texts that come to more tokens than the model has positions, where that is known."""
+    most = getattr(plan.init_cache, 'positions', None)
+    longest = int(counts.max(initial=0))
+    need = plan.shifted + longest + plan.length - 1
+    if most is not None and need > most:
+        raise ValueError(
+            f'a text must have at most {most} tokens, one for each position of the model; '
+            f'{longest} of a prompt, {plan.shifted} virtual ones and all but the last of '
+            f'length={plan.length} are {need}. Lower length, or shorten the prompts'
+        )
+
+
+def _check_numbers(out: Generated) -> None:
+    """Refuses rows that ended where their logits were not numbers, unless they are traced."""
+    if isinstance(out.log_probs, Tracer):
+        return
+    lost = np.flatnonzero(whole(jnp.isnan(out.log_probs).any(axis=1))).tolist()
+    if lost:
+        ends = whole(out.lengths)[lost].tolist()
+        raise ValueError(
+            f'logits must be numbers; those of rows {lost} are not, after {ends} generated tokens. '
+            'Likely causes: more tokens than the model has positions (lower length), an id outside '
+            'of its vocabulary (padding has ids, too), params or phi that are not finite'
         )
 
 
@@ -220,26 +255,17 @@ def _loop(
     plan: _Plan, params: PyTree, phi: Phi, token: Array, position: Array, cache: Any, key: Array
 ) -> Generated:
     batch = len(token)
-    stop = jnp.asarray(plan.stop, jnp.int32)
 
     def more(carry: _Carry) -> Array:
         return (carry.step < plan.length) & ~carry.ended.all()
 
     def body(carry: _Carry) -> _Carry:
-        step, token, cache, ended, out = carry
+        step, cache = carry.step, carry.cache
         where = {'position_ids': (position + step)[:, None]} if plan.counted else {}
-        logits, cache = plan.decode(params, phi, token[:, None], cache=cache, **where)
+        logits, cache = plan.decode(params, phi, carry.token[:, None], cache=cache, **where)
         logits = logits[:, -1].astype(jnp.float32)
         token = _next(plan, jax.random.fold_in(key, step), logits)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        token = jnp.where(ended, plan.pad_id, token)
-        out = Generated(
-            out.tokens.at[:, step].set(token),
-            out.lengths + (~ended).astype(jnp.int32),
-            out.log_probs.at[:, step].set(jnp.where(ended, 0, log_prob)),
-        )
-        ended = ended | (token[:, None] == stop[None]).any(axis=1)
-        return _Carry(step + 1, token, cache, ended, out)
+        return _written(plan, carry._replace(token=token, cache=cache), logits)
 
     empty = Generated(
         jnp.full((batch, plan.length), plan.pad_id, jnp.int32),
@@ -250,6 +276,24 @@ def _loop(
         jnp.zeros((), jnp.int32), token.astype(jnp.int32), cache, jnp.zeros(batch, bool), empty
     )
     return lax.while_loop(more, body, first).out
+
+
+def _written(plan: _Plan, carry: _Carry, logits: Array) -> _Carry:
+    """The carry of the next step, with the token among what was generated."""
+    step, token, ended, out = carry.step, carry.token, carry.ended, carry.out
+    scores = jax.nn.log_softmax(logits)
+    lost = jnp.isnan(scores).any(axis=1)
+    log_prob = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0]
+    log_prob = jnp.where(ended, 0, jnp.where(lost, jnp.nan, log_prob))
+    ended = ended | lost
+    token = jnp.where(ended, plan.pad_id, token)
+    out = Generated(
+        out.tokens.at[:, step].set(token),
+        out.lengths + (~ended).astype(jnp.int32),
+        out.log_probs.at[:, step].set(log_prob),
+    )
+    ended = ended | (token[:, None] == jnp.asarray(plan.stop, jnp.int32)[None]).any(axis=1)
+    return carry._replace(step=step + 1, token=token, ended=ended, out=out)
 
 
 def _next(plan: _Plan, key: Array, logits: Array) -> Array:

@@ -269,6 +269,99 @@ def test_sampling_is_checked(field):
         pj.Sampling(**field)
 
 
+# What is not a number ----------------------------------------------------------------------------
+
+GPT2 = Decoder(
+    read_decoder_config(
+        {'model_type': 'gpt2', 'vocab_size': 37, 'n_embd': 16, 'n_layer': 2, 'n_head': 4,
+         'n_positions': 8}
+    )
+)  # fmt: skip
+
+
+@functools.cache
+def of_positions(method=None):
+    """A model of eight positions."""
+    params = jax.jit(GPT2.init)(jax.random.key(0), IDS)['params']
+    method = pj.Trainable(target='ln_f') if method is None else method
+    said = {} if method.virtual is None or method.virtual.shift else {'position_ids': IDS}
+    peft = pj.attach(method, GPT2.apply_fn, params, IDS, **said)
+    return peft.wrap(GPT2.apply_fn), params, peft.init(jax.random.key(1), params)
+
+
+@pytest.mark.parametrize(
+    ('method', 'most'),
+    [
+        (pj.Trainable(target='ln_f'), 5),
+        (pj.PrefixTuning(length=2), 3),
+        (pj.PrefixTuning(length=2, shift=False), 5),
+    ],
+    ids=str,
+)
+def test_no_more_tokens_than_positions(method, most):
+    """A prompt of four tokens, padded: padding has no position; nor has what is drawn last."""
+    forward, params, phi = of_positions(method)
+    run = functools.partial(pj.generate, forward, params, phi, init_cache=GPT2.init_cache)
+    mask = jnp.array([[1, 1, 1, 1, 0], [0, 0, 0, 1, 1]])
+    assert run(IDS, mask, length=most).lengths.tolist() == [most, most]
+    with pytest.raises(ValueError, match='at most 8 tokens.* 4 of a prompt.* are 9. Lower length'):
+        run(IDS, mask, length=most + 1)
+    with pytest.raises(ValueError, match='at most 8 tokens.* 5 of a prompt.* are 9. Lower length'):
+        run(IDS, length=most)
+
+
+def test_of_a_traced_mask_one_token_is_known():
+    forward, params, phi = of_positions()
+    run = functools.partial(pj.generate, forward, params, phi, IDS, init_cache=GPT2.init_cache)
+    jax.eval_shape(functools.partial(run, length=8), jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match='1 of a prompt.* are 9'):
+        jax.eval_shape(functools.partial(run, length=9), jnp.ones((2, 5)))
+
+
+def test_a_row_ends_where_its_logits_are_not_numbers():
+    forward, params, phi = of_positions()
+    how = {'init_cache': lambda batch, slots: GPT2.init_cache(batch, slots), 'pad_id': 36}
+    run = functools.partial(pj.generate, forward, params, phi, **how)
+    mask = jnp.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    with pytest.raises(ValueError, match='rows \\[0\\] are not, after \\[4\\] .*more tokens than'):
+        run(IDS, mask, length=6)
+    out = jax.jit(functools.partial(run, length=6))(IDS, mask)
+    np.testing.assert_array_equal(out.lengths, [4, 6])
+    np.testing.assert_array_equal(out.tokens[0, 4:], [36, 36])
+    np.testing.assert_array_equal(np.isnan(out.log_probs), [[0, 0, 0, 0, 1, 0], [0] * 6])
+    assert not out.log_probs[0, 5]
+    alone = run(IDS[1:], mask[1:], length=6)
+    np.testing.assert_array_equal(out.tokens[1:], alone.tokens)
+
+
+@pytest.mark.parametrize('sampling', [None, pj.Sampling()])
+def test_an_id_outside_of_the_vocabulary_is_told_by_its_row(sampling):
+    forward, params, phi = of_positions()
+    key = None if sampling is None else jax.random.key(0)
+    run = functools.partial(
+        pj.generate, forward, params, phi, IDS.at[1, 2].set(37),
+        init_cache=GPT2.init_cache, length=2, sampling=sampling, key=key,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match='rows \\[1\\] are not, after \\[0\\] .*outside of its voc'
+    ):
+        run()
+    np.testing.assert_array_equal(jax.jit(run)().lengths, [2, 0])
+
+
+def test_a_token_that_cannot_be_is_no_loss():
+    """Logits of minus infinity are of tokens that are never drawn."""
+    peft, phi = adapted('lora')
+    forward = peft.wrap(MODEL.apply_fn)
+
+    def without_evens(params, phi, *args, **kwargs):
+        logits, cache = forward(params, phi, *args, **kwargs)
+        return jnp.where(jnp.arange(37) % 2 == 0, -jnp.inf, logits), cache
+
+    out = pj.generate(without_evens, PARAMS, phi, IDS, init_cache=MODEL.init_cache, length=3)
+    assert (out.tokens % 2 == 1).all() and jnp.isfinite(out.log_probs).all()
+
+
 # Rotations that go by the length of a text --------------------------------------------------------
 
 SCALED = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from peftjax.models._cache import Cache, Store
+from peftjax.models._cache import Cache, InitCache, Store
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_block import Block, Layer, norm
 from peftjax.models._decoder_config import DecoderConfig
@@ -246,30 +246,7 @@ class Decoder(nn.Module):
             weight = params[names.head]['kernel']
         return HeadWeight(gathered_head(weight), config.soft_cap)
 
-    @nn.nowrap
-    def init_cache(
-        self, batch: int, slots: int, dtype: jax.typing.DTypeLike | None = None
-    ) -> Cache:
-        """An empty cache.
-
-        Args:
-          batch: number of rows.
-          slots: most tokens that will be read, padding and virtual tokens included. `dynamic` and
-            `longrope` rotations take a text to become as long as they allow (`Rope`).
-          dtype: of keys and values; None is that of the computation.
-
-        Returns:
-          Zeros.
-        """
-        config = self.config
-        kept = (config.attention.kv_heads, config.attention.head_dim)
-        shape = (config.num_hidden_layers, batch, slots, *kept)
-        dtype = self.compute.dtype if dtype is None else dtype
-        by_length = any(kind.by_length for kind in config.kinds)
-        return Cache(
-            key=jnp.zeros(shape, dtype),
-            value=jnp.zeros(shape, dtype),
-            mask=jnp.zeros((batch, slots), jnp.bool_),
-            index=jnp.zeros((), jnp.int32),
-            length=jnp.zeros(batch, jnp.int32) if by_length else None,
-        )
+    @property
+    def init_cache(self) -> InitCache:
+        """`init_cache(batch, slots)` is an empty cache, for so many rows and tokens of each."""
+        return InitCache(self.config, self.compute.dtype)
