@@ -9,7 +9,6 @@ from peftjax._chain import Chain as Chain
 from peftjax._chain import chain as chain
 from peftjax._discover import sites as sites
 from peftjax._generate import Generated as Generated
-from peftjax._generate import Sampling as Sampling
 from peftjax._generate import generate as generate
 from peftjax._method import Method as Method
 from peftjax._peft import Peft as Peft
@@ -23,6 +22,7 @@ from peftjax._quantize import dequantize as dequantize
 from peftjax._quantize import quantize as quantize
 from peftjax._quantize import quantized_apply as quantized_apply
 from peftjax._quantize import requantize as requantize
+from peftjax._sampling import Sampling as Sampling
 from peftjax._sites import Site as Site
 from peftjax._sites import Sites as Sites
 from peftjax._version import __version__ as __version__

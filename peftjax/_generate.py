@@ -4,80 +4,19 @@ Prompts are moved to the end of their rows, so that every row's next token follo
 All but the last token of the prompt are read at once, without logits; the loop begins with it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
+from peftjax._processes import whole
+from peftjax._sampling import Sampling
 from peftjax._types import Array, Forward, Phi, PyTree
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    Attributes:
-      temperature: logits are divided by it; above 0.
-      top_k: only so many of the likeliest tokens may be drawn; None is all.
-      top_p: only the likeliest tokens that together have this probability may be drawn, at least
-        one; 1 is all. Applied after `top_k`.
-
-    Raises:
-      ValueError: a value out of its range.
-
-    Example:
-      >>> import peftjax as pj
-      >>> pj.Sampling(temperature=0.7, top_p=0.9)
-      Sampling(temperature=0.7, top_k=None, top_p=0.9)
-
-    Reference: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751
-    (top-p).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f'Sampling: temperature must be above 0; got {self.temperature!r}. The likeliest '
-                'token without drawing is sampling=None'
-            )
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ValueError(f'Sampling: top_k must be None or a number from 1; got {self.top_k!r}')
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f'Sampling: top_p must be above 0, at most 1; got {self.top_p!r}')
-
-    def draw(self, key: Array, logits: Array) -> Array:
-        """Draws tokens.
-
-        Args:
-          key: typed PRNG key.
-          logits: `(batch, vocabulary)`.
-
-        Returns:
-          int32 `(batch,)`.
-        """
-        logits = logits.astype(jnp.float32) / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            logits = jnp.where(logits < _nucleus(logits, self.top_p), -jnp.inf, logits)
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
-
-
-def _nucleus(logits: Array, mass: float) -> Array:
-    """The least logit of the likeliest tokens that together have some probability, `(batch, 1)`."""
-    falling = -jnp.sort(-logits, axis=-1)
-    odds = jax.nn.softmax(falling, axis=-1)
-    before = jnp.cumsum(odds, axis=-1) - odds
-    return jnp.where(before < mass, falling, jnp.inf).min(axis=-1, keepdims=True)
 
 
 class Generated(NamedTuple):
@@ -87,7 +26,7 @@ class Generated(NamedTuple):
       tokens: int32 `(batch, length)`; `pad_id` after a row's end.
       lengths: int32 `(batch,)`, how many are tokens of the row, the stop token among them.
       log_probs: float32 `(batch, length)`, what the model gives each token, whatever the sampling;
-        0 after the end.
+        0 after the end. NaN where logits were not numbers, at which the row ended.
     """
 
     tokens: Array
@@ -102,6 +41,7 @@ class _Plan(NamedTuple):
     decode: Forward
     init_cache: Callable[[int, int], Any]
     virtual: int
+    shifted: int
     counted: bool
     length: int
     sampling: Sampling | None
@@ -128,6 +68,9 @@ def generate(
     Compiled once for each forward, shape of prompts and setting; the loop ends early when all rows
     have ended. Any method works: those of virtual tokens are read once, with the prompt.
 
+    A row ends where its logits are not numbers. That is an error; within a `jax.jit` of one's own,
+    where none can be raised, `lengths` and a NaN among its `log_probs` tell.
+
     Args:
       forward: `forward(params, phi, ids, attention_mask=…, cache=…) -> (logits, cache)`: from the
         front door (`pj.lora_wrap(…)`), from `peft.wrap(model.apply_fn)`, or a function of one's
@@ -136,7 +79,11 @@ def generate(
       phi: as from `Peft.init`.
       tokens: int `(batch, tokens)`, prompts, padded on either side.
       attention_mask: `(batch, tokens)`, nonzero at real tokens; None is all. Each row needs one.
-      init_cache: `(batch, slots) -> cache`, an empty cache, such as `model.init_cache`.
+      init_cache: `(batch, slots) -> cache`, an empty cache, such as `model.init_cache`. There are
+        slots for the prompts as they are padded, virtual tokens and `length`. Where rotations go by
+        the length of a text (`dynamic`, `longrope`), that of a row is its real tokens, the virtual
+        ones that it counts, and `length`, from the first step on and wherever it ends. Where it has
+        an attribute `positions`, a number of learned ones, no more are asked of the model.
       length: the most tokens to generate.
       sampling: how tokens are drawn; None takes the likeliest (greedy).
       key: typed PRNG key, for sampling.
@@ -147,7 +94,9 @@ def generate(
       Tokens, their numbers, and their log-probabilities.
 
     Raises:
-      ValueError: no tokens, a length below 1, sampling without a key or a key without sampling.
+      ValueError: no tokens, a length below 1, sampling without a key or a key without sampling; a
+        mask of another shape, or a row of it without a token; virtual tokens at the back; more
+        tokens than positions; logits that are not numbers.
 
     Example:
       >>> import jax, peftjax as pj
@@ -164,21 +113,26 @@ def generate(
       ((1, 4), 4)
     """
     _check(tokens, length, sampling, key)
+    _check_mask(tokens, attention_mask)
     prefill, decode, rooms = _forwards(forward)
     plan = _Plan(
         prefill,
         decode,
         init_cache,
         sum(room.length for room in rooms),
+        sum(room.length for room in rooms if room.shift),
         any(not room.shift for room in rooms),
         length,
         sampling,
         tuple(int(token) for token in stop),
         pad_id,
     )
+    _check_positions(plan, _counts(tokens, attention_mask))
     mask = jnp.ones(tokens.shape) if attention_mask is None else jnp.asarray(attention_mask)
     key = jax.random.key(0) if key is None else key  # nothing is drawn without sampling
-    return _run(plan, params, phi, jnp.asarray(tokens), mask.astype(jnp.bool_), key)
+    out = _run(plan, params, phi, jnp.asarray(tokens), mask.astype(jnp.bool_), key)
+    _check_numbers(out)
+    return out
 
 
 def _check(tokens: Array, length: int, sampling: Sampling | None, key: Array | None) -> None:
@@ -196,12 +150,66 @@ def _check(tokens: Array, length: int, sampling: Sampling | None, key: Array | N
         )
 
 
+def _check_mask(tokens: Array, mask: Array | None) -> None:
+    """Refuses a mask that does not go with the tokens, and, where it has values, an empty row."""
+    if mask is not None and jnp.shape(mask) != tokens.shape:
+        raise ValueError(
+            f'attention_mask must have a number for each token, shape {tokens.shape}; got shape '
+            f'{jnp.shape(mask)}'
+        )
+    if empty := np.flatnonzero(_counts(tokens, mask) == 0).tolist():
+        raise ValueError(
+            'attention_mask must leave each row a real token, to begin with; it leaves none in '
+            f'rows {empty}. Give the beginning-of-text token'
+        )
+
+
+def _check_positions(plan: _Plan, counts: np.ndarray) -> None:
+    """Refuses texts that come to more tokens than the model has positions, where that is known."""
+    most = getattr(plan.init_cache, 'positions', None)
+    longest = int(counts.max(initial=0))
+    need = plan.shifted + longest + plan.length - 1
+    if most is not None and need > most:
+        raise ValueError(
+            f'a text must have at most {most} tokens, one for each position of the model; '
+            f'{longest} of a prompt, {plan.shifted} virtual ones and all but the last of '
+            f'length={plan.length} are {need}. Lower length, or shorten the prompts'
+        )
+
+
+def _check_numbers(out: Generated) -> None:
+    """Refuses rows that ended where their logits were not numbers, unless they are traced."""
+    if isinstance(out.log_probs, Tracer):
+        return
+    lost = np.flatnonzero(whole(jnp.isnan(out.log_probs).any(axis=1))).tolist()
+    if lost:
+        ends = whole(out.lengths)[lost].tolist()
+        raise ValueError(
+            f'logits must be numbers; those of rows {lost} are not, after {ends} generated tokens. '
+            'Likely causes: more tokens than the model has positions (lower length), an id outside '
+            'of its vocabulary (padding has ids, too), params or phi that are not finite'
+        )
+
+
+def _counts(tokens: Array, mask: Array | None) -> np.ndarray:
+    """How many real tokens each prompt has: at least one, as far as is known of a traced mask."""
+    batch, width = tokens.shape
+    if mask is None or isinstance(mask, Tracer):
+        return np.full(batch, width if mask is None else 1)
+    return (whole(mask) != 0).sum(axis=1)
+
+
 def _forwards(forward: Forward) -> tuple[Forward, Forward, tuple[Any, ...]]:
     """The forward of the prompt, that of what follows, and the virtual tokens read between."""
     peft = getattr(forward, 'peft', None)
     if peft is None:
         return forward, forward, ()
     rooms = tuple(part.virtual for _, part in peft.method.parts if part.virtual is not None)
+    if back := [room.length for room in rooms if room.side == 'back']:
+        raise ValueError(
+            'virtual tokens must lie in front of a text that goes on, where all that follows sees '
+            f"them; got {sum(back)} with side='back'. Attach the method with side='front'"
+        )
     return forward, forward.continued if rooms else forward, rooms
 
 
@@ -222,7 +230,8 @@ def _run(
         _, cache = plan.prefill(
             params, phi, tokens[:, :-1], attention_mask=real, cache=cache, **where
         )
-    return _loop(plan, params, phi, tokens[:, -1], positions[:, -1], cache, key)
+    # Later calls know of no virtual tokens: what those add to positions is added here.
+    return _loop(plan, params, phi, tokens[:, -1], positions[:, -1] + plan.shifted, cache, key)
 
 
 def _to_the_end(tokens: Array, mask: Array) -> tuple[Array, Array]:
@@ -246,26 +255,17 @@ def _loop(
     plan: _Plan, params: PyTree, phi: Phi, token: Array, position: Array, cache: Any, key: Array
 ) -> Generated:
     batch = len(token)
-    stop = jnp.asarray(plan.stop, jnp.int32)
 
     def more(carry: _Carry) -> Array:
         return (carry.step < plan.length) & ~carry.ended.all()
 
     def body(carry: _Carry) -> _Carry:
-        step, token, cache, ended, out = carry
+        step, cache = carry.step, carry.cache
         where = {'position_ids': (position + step)[:, None]} if plan.counted else {}
-        logits, cache = plan.decode(params, phi, token[:, None], cache=cache, **where)
+        logits, cache = plan.decode(params, phi, carry.token[:, None], cache=cache, **where)
         logits = logits[:, -1].astype(jnp.float32)
         token = _next(plan, jax.random.fold_in(key, step), logits)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        token = jnp.where(ended, plan.pad_id, token)
-        out = Generated(
-            out.tokens.at[:, step].set(token),
-            out.lengths + (~ended).astype(jnp.int32),
-            out.log_probs.at[:, step].set(jnp.where(ended, 0, log_prob)),
-        )
-        ended = ended | (token[:, None] == stop[None]).any(axis=1)
-        return _Carry(step + 1, token, cache, ended, out)
+        return _written(plan, carry._replace(token=token, cache=cache), logits)
 
     empty = Generated(
         jnp.full((batch, plan.length), plan.pad_id, jnp.int32),
@@ -276,6 +276,24 @@ def _loop(
         jnp.zeros((), jnp.int32), token.astype(jnp.int32), cache, jnp.zeros(batch, bool), empty
     )
     return lax.while_loop(more, body, first).out
+
+
+def _written(plan: _Plan, carry: _Carry, logits: Array) -> _Carry:
+    """The carry of the next step, with the token among what was generated."""
+    step, token, ended, out = carry.step, carry.token, carry.ended, carry.out
+    scores = jax.nn.log_softmax(logits)
+    lost = jnp.isnan(scores).any(axis=1)
+    log_prob = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0]
+    log_prob = jnp.where(ended, 0, jnp.where(lost, jnp.nan, log_prob))
+    ended = ended | lost
+    token = jnp.where(ended, plan.pad_id, token)
+    out = Generated(
+        out.tokens.at[:, step].set(token),
+        out.lengths + (~ended).astype(jnp.int32),
+        out.log_probs.at[:, step].set(log_prob),
+    )
+    ended = ended | (token[:, None] == jnp.asarray(plan.stop, jnp.int32)[None]).any(axis=1)
+    return carry._replace(step=step + 1, token=token, ended=ended, out=out)
 
 
 def _next(plan: _Plan, key: Array, logits: Array) -> Array:

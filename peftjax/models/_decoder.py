@@ -8,13 +8,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from peftjax.models._cache import Cache, Store
+from peftjax.models._cache import Cache, InitCache, Store
 from peftjax.models._compute import Compute
 from peftjax.models._decoder_block import Block, Layer, norm
 from peftjax.models._decoder_config import DecoderConfig
 from peftjax.models._kernel import keep
 from peftjax.models._layers import Embedding, linear
-from peftjax.models._sight import Sight, count_positions, find_places, find_sights
+from peftjax.models._sight import (
+    Sight,
+    count_positions,
+    find_lengths,
+    find_places,
+    find_sights,
+)
 from peftjax.models._split import gathered_head, split_rows
 from peftjax.models._stack import stack
 
@@ -182,7 +188,8 @@ class Decoder(nn.Module):
         places, reading = find_places(shape, attention_mask, segment_ids, cache)
         if position_ids is None:
             position_ids = count_positions(places)
-        sights = find_sights(config.kinds, places, position_ids)
+        length, reading = find_lengths(config.kinds, places, position_ids, reading)
+        sights = find_sights(config.kinds, places, position_ids, length)
         store = None if cache is None else Store(cache.key, cache.value, cache.index)
         x, store = self.body(input_ids, position_ids, sights, store)
         if reading is None or store is None:
@@ -239,27 +246,7 @@ class Decoder(nn.Module):
             weight = params[names.head]['kernel']
         return HeadWeight(gathered_head(weight), config.soft_cap)
 
-    @nn.nowrap
-    def init_cache(
-        self, batch: int, slots: int, dtype: jax.typing.DTypeLike | None = None
-    ) -> Cache:
-        """An empty cache.
-
-        Args:
-          batch: number of rows.
-          slots: most tokens that will be read, padding and virtual tokens included.
-          dtype: of keys and values; None is that of the computation.
-
-        Returns:
-          Zeros.
-        """
-        config = self.config
-        kept = (config.attention.kv_heads, config.attention.head_dim)
-        shape = (config.num_hidden_layers, batch, slots, *kept)
-        dtype = self.compute.dtype if dtype is None else dtype
-        return Cache(
-            key=jnp.zeros(shape, dtype),
-            value=jnp.zeros(shape, dtype),
-            mask=jnp.zeros((batch, slots), jnp.bool_),
-            index=jnp.zeros((), jnp.int32),
-        )
+    @property
+    def init_cache(self) -> InitCache:
+        """`init_cache(batch, slots)` is an empty cache, for so many rows and tokens of each."""
+        return InitCache(self.config, self.compute.dtype)

@@ -164,6 +164,11 @@ class LayerKind:
     window: int | None = None
     rope: Rope | None = None
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the rotation depends on how long the text is."""
+        return self.rope is not None and self.rope.by_length
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:

@@ -15,6 +15,11 @@ Scaling = Literal['default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope']
 class Rope:
     """How queries and keys are rotated by their positions.
 
+    `dynamic` and `longrope` go by the length of the text, one more than the last position of its
+    real tokens: of each row for itself, of each segment where rows are packed. A text that is read
+    through a cache goes by the length that it may come to, which the call that first reads one of
+    its tokens beyond position 0 decides: the last position then, and all slots that are left.
+
     Attributes:
       dim: features of a head that are rotated, the first ones; even.
       theta: base of the wavelengths `2 pi theta^(2i / dim)`.
@@ -25,8 +30,8 @@ class Rope:
         within `original` below which a frequency is.
       high: the same, for those that are not stretched at all.
       whole: `yarn`: whether the bounds of the ramp between the two are whole numbers.
-      short: `longrope`: what each frequency is divided by, up to `original` positions.
-      long: `longrope`: the same, beyond them.
+      short: `longrope`: what each frequency is divided by, in texts of up to `original` tokens.
+      long: `longrope`: the same, in longer ones.
       magnitude: cosines and sines are multiplied with it.
 
     Raises:
@@ -34,7 +39,7 @@ class Rope:
 
     Example:
       >>> Rope(dim=4, theta=100.0).frequencies(None)
-      Array([1. , 0.1], dtype=float32)
+      Array([[[1. , 0.1]]], dtype=float32)
 
     Reference: Su et al., RoFormer, 2021, arXiv:2104.09864, section 3.2; `dynamic` and `yarn`: Peng
     et al., YaRN, 2023, arXiv:2309.00071; `longrope`: Ding et al., LongRoPE, 2024,
@@ -67,37 +72,52 @@ class Rope:
                 f'features, got {factors[0]} and {factors[1]}.'
             )
 
-    def frequencies(self, longest: jax.Array | None) -> jax.Array:
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the text is."""
+        return self.scaling in ('dynamic', 'longrope')
+
+    def frequencies(self, length: jax.Array | None) -> jax.Array:
         """Radians per position.
 
         Args:
-          longest: int scalar, one more than the last position; `dynamic` and `longrope` look at it.
+          length: int `(batch or 1, tokens or 1)`, of the text that a token is of; None only where
+            nothing goes by it.
 
         Returns:
-          float32 `(dim / 2,)`.
+          float32 `(batch or 1, tokens or 1, dim / 2)`.
         """
-        steps = np.arange(0, self.dim, 2) / self.dim
-        plain = self.theta**-steps
-        if self.scaling == 'linear':
-            plain = plain / self.factor
-        elif self.scaling == 'llama3':
-            plain = self._llama3(plain)
-        elif self.scaling == 'yarn':
-            plain = self._yarn(plain)
-        elif self.scaling == 'longrope':
-            assert longest is not None
-            short, long = (jnp.asarray(plain / np.array(f), jnp.float32) for f in self._factors)
-            return jnp.where(longest > self.original, long, short)
-        elif self.scaling == 'dynamic':
-            assert longest is not None
-            stretch = jnp.maximum(longest, self.original).astype(jnp.float32) / self.original
-            stretch = (self.factor * stretch - (self.factor - 1)) ** (self.dim / (self.dim - 2))
-            return jnp.asarray(plain, jnp.float32) * stretch ** -jnp.asarray(steps, jnp.float32)
-        return jnp.asarray(plain, jnp.float32)
+        if self.by_length:
+            assert length is not None
+            return self._by_length(length[..., None])
+        fixed = jnp.asarray(self._fixed(), jnp.float32)
+        return fixed if length is None else jnp.broadcast_to(fixed, (*length.shape, self.dim // 2))
 
     @property
-    def _factors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self.short, self.long
+    def _steps(self) -> np.ndarray:
+        """Exponents of the wavelengths, `(1, 1, dim / 2)`."""
+        return np.arange(0, self.dim, 2)[None, None] / self.dim
+
+    def _fixed(self) -> np.ndarray:
+        """Those that every text has, `(1, 1, dim / 2)`."""
+        plain = self.theta**-self._steps
+        if self.scaling == 'linear':
+            return plain / self.factor
+        if self.scaling == 'llama3':
+            return self._llama3(plain)
+        return self._yarn(plain) if self.scaling == 'yarn' else plain
+
+    def _by_length(self, length: jax.Array) -> jax.Array:
+        """Those of texts of different lengths `(batch or 1, tokens or 1, 1)`."""
+        plain = self.theta**-self._steps
+        if self.scaling == 'longrope':
+            short, long = (
+                jnp.asarray(plain / np.array(f), jnp.float32) for f in (self.short, self.long)
+            )
+            return jnp.where(length > self.original, long, short)
+        stretch = jnp.maximum(length, self.original).astype(jnp.float32) / self.original
+        stretch = (self.factor * stretch - (self.factor - 1)) ** (self.dim / (self.dim - 2))
+        return jnp.asarray(plain, jnp.float32) * stretch ** -jnp.asarray(self._steps, jnp.float32)
 
     def _llama3(self, plain: np.ndarray) -> np.ndarray:
         """Long waves stretched, short ones kept, a blend between."""
@@ -125,18 +145,20 @@ class Rope:
         return plain * (1 - stretched + stretched / self.factor)
 
 
-def rotation(rope: Rope, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation(
+    rope: Rope, position_ids: jax.Array, length: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the angles at which tokens are rotated.
 
     Args:
       rope: frequencies.
       position_ids: int `(batch or 1, tokens)`.
+      length: as `Rope.frequencies` takes it.
 
     Returns:
       Two float32 arrays `(batch or 1, tokens, dim / 2)`.
     """
-    frequencies = rope.frequencies(position_ids.max() + 1)
-    angles = position_ids.astype(jnp.float32)[..., None] * frequencies[None, None]
+    angles = position_ids.astype(jnp.float32)[..., None] * rope.frequencies(length)
     return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
 
 

@@ -44,13 +44,13 @@ class Places(NamedTuple):
       slot: int `(tokens,)` and `(keys,)`: causality goes by it.
       rank: int `(batch or 1, tokens)` and `(batch or 1, keys)`: how many real tokens come before.
         Windows go by it, so that padding takes no place in them.
-      real: bool `(batch, keys)`, or None where all are.
+      real: bool `(batch, tokens)` and `(batch, keys)`, or None where all are.
       segment: int `(batch, tokens)`, of both, or None.
     """
 
     slot: tuple[Array, Array]
     rank: tuple[Array, Array]
-    real: Array | None
+    real: tuple[Array, Array] | None
     segment: Array | None
 
 
@@ -78,6 +78,7 @@ def find_places(
     real = None if attention_mask is None else attention_mask != 0
     if cache is None:
         rank = tokens[None] if real is None else _before(real)
+        real = None if real is None else (real, real)
         return Places((tokens, tokens), (rank, rank), real, segment_ids), None
     slots = cache.mask.shape[1]
     if segment_ids is not None:
@@ -89,7 +90,7 @@ def find_places(
     rank = _before(mask)
     own = lax.dynamic_slice_in_dim(rank, cache.index, shape[1], axis=1)
     places = Places(
-        (cache.index + tokens, jnp.arange(slots, dtype=jnp.int32)), (own, rank), mask, None
+        (cache.index + tokens, jnp.arange(slots, dtype=jnp.int32)), (own, rank), (real, mask), None
     )
     return places, cache._replace(mask=mask, index=cache.index + shape[1])
 
@@ -111,13 +112,65 @@ def count_positions(places: Places) -> Array:
     return rank - lax.cummax(jnp.where(first, rank, 0), axis=1)
 
 
-def find_sights(kinds: tuple[LayerKind, ...], places: Places, position_ids: Array) -> Sight:
+def find_lengths(
+    kinds: tuple[LayerKind, ...], places: Places, position_ids: Array, cache: Cache | None
+) -> tuple[Array | None, Cache | None]:
+    """How long the text is that each token is of, or may become in a cache: see `Rope`.
+
+    Args:
+      kinds: windows and rotations.
+      places: of tokens and keys.
+      position_ids: int `(batch or 1, tokens)`.
+      cache: what was read before.
+
+    Returns:
+      int32 `(batch or 1, tokens or 1)`, or None where no rotation goes by it; and the cache, in
+      which it stays as it is once it is known.
+
+    Raises:
+      ValueError: a cache without a place for it.
+    """
+    if not any(kind.by_length for kind in kinds):
+        return None, cache
+    slots = places.slot[1].shape[0]
+    last = _last(places, position_ids.astype(jnp.int32))
+    # At position 0 nothing is turned: what lies there, such as virtual tokens, decides nothing.
+    length = jnp.where(last > 0, last + slots - places.slot[0][-1], 0)
+    if cache is None:
+        return length, None
+    if cache.length is None:
+        raise ValueError(
+            'a rotation that goes by the length of a text needs its place in the cache; length is '
+            "None. Make the cache by the model's own init_cache"
+        )
+    known = cache.length[:, None]
+    length = jnp.where(known > 0, known, length)
+    return length, cache._replace(length=length[:, 0])
+
+
+def _last(places: Places, position_ids: Array) -> Array:
+    """The last position of the text that each token is of, `(batch or 1, tokens or 1)`."""
+    if places.real is not None:
+        position_ids = jnp.where(places.real[0], position_ids, 0)
+    if places.segment is None:
+        return position_ids.max(axis=1, keepdims=True)
+    same = places.segment[:, :, None] == places.segment[:, None]
+    return jnp.where(same, position_ids[:, None], 0).max(axis=2)
+
+
+def find_sights(
+    kinds: tuple[LayerKind, ...],
+    places: Places,
+    position_ids: Array,
+    length: Array | None = None,
+) -> Sight:
     """What each kind of layer needs to know.
 
     Args:
       kinds: windows and rotations.
       places: of tokens and keys.
       position_ids: int `(batch or 1, tokens)`.
+      length: of texts, as `find_lengths` returns it.
 
     Returns:
       One `Sight`; where there are several kinds, its arrays have a leading axis for them.
@@ -128,7 +181,7 @@ def find_sights(kinds: tuple[LayerKind, ...], places: Places, position_ids: Arra
     plain = tokens_are_keys and places.real is None and places.segment is None
     sights = []
     for kind, window in zip(kinds, windows, strict=True):
-        turn = None if kind.rope is None else rotation(kind.rope, position_ids)
+        turn = None if kind.rope is None else rotation(kind.rope, position_ids, length)
         if plain and len(set(windows)) == 1:
             sights.append(Sight(turn, None, window, True))
         else:
@@ -189,7 +242,7 @@ def _mask(places: Places, window: int | None) -> Array:
     if window is not None:
         mask = mask & (token_rank[:, :, None] - key_rank[:, None] < window)
     if places.real is not None:
-        mask = mask & places.real[:, None]
+        mask = mask & places.real[1][:, None]
     if places.segment is not None:
         mask = mask & (places.segment[:, :, None] == places.segment[:, None])
     return mask

@@ -174,6 +174,15 @@ def test_what_a_cache_cannot_hold_is_refused():
         model.apply_fn(params, IDS, segment_ids=IDS, cache=cache)
 
 
+def test_equal_models_have_equal_empty_caches():
+    model, _ = build()
+    same = Decoder(dataclasses.replace(model.config))
+    assert model.init_cache == same.init_cache and hash(model.init_cache) == hash(same.init_cache)
+    assert model.init_cache != Decoder(model.config, Compute(dtype=jnp.bfloat16)).init_cache
+    assert model.init_cache.positions is None
+    assert Decoder(dataclasses.replace(model.config, positions=9)).init_cache.positions == 9
+
+
 def test_positions_may_be_said():
     model, params = build()
     said = jnp.arange(8, dtype=jnp.int32)[None]
