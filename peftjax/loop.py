@@ -126,7 +126,7 @@ def fit(
         state is a stack; an event is none, or a number no integer.
 
     Example:
-      >>> import itertools, jax.numpy as jnp, optax, peftjax as pj
+      >>> import itertools, jax, jax.numpy as jnp, optax, peftjax as pj
       >>> params, x = {'kernel': jnp.ones((3, 4))}, jnp.ones((2, 3))
       >>> model = lambda params, x: x @ params['kernel']
       >>> forward, phi = pj.lora_wrap(
