@@ -28,10 +28,14 @@ def logits_of(model, given):
 
 
 def logits_of_each(model, given):
-    """The same of each row alone: PyTorch rotates all rows of a batch by the longest of them."""
+    """The same of each row alone: PyTorch rotates all rows of a batch by the longest of them.
+
+    The shortest first: it rotates by the longest that it has met, too.
+    """
     ids, mask = given['input_ids'], given['attention_mask'] == 1
     out = np.zeros((*ids.shape, model.config.vocab_size), np.float32)
-    for row, real in enumerate(mask):
+    for row in mask.sum(1).argsort().tolist():
+        real = mask[row]
         out[row, real.numpy()] = logits_of(model, {'input_ids': ids[row : row + 1, real]})[0]
     return out
 
