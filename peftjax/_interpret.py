@@ -294,11 +294,7 @@ class Frame:
         for i, output in enumerate(values):
             if isinstance(output, Pending):
                 number = _equations.multiplier(name, values, i)
-                noted = [
-                    (at, x, rule.scaled(number) if isinstance(rule, Recorder) else rule)
-                    for at, x, rule in output.steps
-                ]
-                self.env[eqn.invars[i]] = dataclasses.replace(output, steps=tuple(noted))
+                self.env[eqn.invars[i]] = output.scaled(number)
 
     def _use(self, eqn: Any) -> Sequence[Any] | None:
         """The linear use of a weight."""

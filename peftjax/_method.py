@@ -115,6 +115,11 @@ class Rule(abc.ABC):
         del at, x
         return y
 
+    def scaled(self, number: float | None) -> 'Rule':
+        """The rule where the output is multiplied with a number at once; `None`: with another."""
+        del number
+        return self
+
     @abc.abstractmethod
     def dense(self, view: StandIn, w: Array) -> Array:
         """The adapted weight, from the weight below."""

@@ -42,6 +42,11 @@ class Pending:
         """The modules whose biases belong to this output."""
         return {_paths.parent(at.view.path) for at, _, _ in self.steps}
 
+    def scaled(self, number: float | None) -> 'Pending':
+        """The same, where each rule knows what the output is multiplied with at once."""
+        steps = tuple((at, x, rule.scaled(number)) for at, x, rule in self.steps)
+        return dataclasses.replace(self, steps=steps)
+
     def resolve(self) -> Array:
         """The output, adapted."""
         y = self.value

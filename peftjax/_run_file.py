@@ -109,7 +109,7 @@ def _differing(
     wrong = []
     if found['method'] != own['method']:
         wrong.append(changed('the method', found['method'], own['method']))
-    elif found['peft'] != own['peft']:
+    elif not _agree(found['peft'], own['peft']):
         wrong.append('the sites that the method is attached to are others')
     elif found['fingerprint'] != own['fingerprint']:
         paths = _decoded(found['fingerprint']).apart(_decoded(own['fingerprint']))
@@ -122,6 +122,22 @@ def _differing(
         if name not in other and not _same(before.get(name), now.get(name))
     ]
     return wrong
+
+
+def _agree(found: Any, own: Any) -> bool:
+    """Whether a plan is the one that was written: a field that was unknown then says nothing."""
+    if isinstance(found, list) and isinstance(own, list):
+        return len(found) == len(own) and all(map(_agree, found, own))
+    if not isinstance(found, dict) or not isinstance(own, dict) or found.keys() != own.keys():
+        return found == own
+    return all(_fields_agree(found[name], own[name]) for name in own)  # of a class, by its name
+
+
+def _fields_agree(found: Any, own: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(own, dict):
+        return found == own
+    there = found.keys() <= own.keys()
+    return there and all(_agree(value, own[name]) for name, value in found.items())
 
 
 def _same(one: Any, two: Any) -> bool:

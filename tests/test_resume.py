@@ -284,6 +284,21 @@ def test_a_field_of_a_run_file_that_is_of_another_kind_is_named(folder, field, v
     assert json.loads(path.read_text())[field] == value
 
 
+def test_a_plan_that_was_written_before_a_field_was_known_is_the_same(folder):
+    path = folder / 'run.json'
+    body = json.loads(path.read_text())
+    first = body['peft']['Peft']['sites'][0][0]['Site']
+    del first['scale']
+    path.write_text(json.dumps(body))
+    with checkpoints(folder) as saved:
+        assert saved.steps() == [0, 1, 2, 3, 4, 5]
+    for changes in ({'offset': 1}, {'unknown': None}):
+        body['peft']['Peft']['sites'][0][0]['Site'] = first | changes
+        path.write_text(json.dumps(body))
+        with pytest.raises(ValueError, match='the sites that the method is attached to are others'):
+            checkpoints(folder)
+
+
 def test_what_is_not_of_a_run_is_left_alone(tmp_path):
     """A folder that happens to be called steps, and strange files beside our own steps."""
     (tmp_path / 'steps').mkdir()
