@@ -47,7 +47,7 @@ def alone(place: pathlib.Path, what: str, *arguments: str) -> str:
 
 def disk(place: pathlib.Path, how: str) -> str:
     """What becomes of a run whose disk takes no more after its first checkpoints."""
-    run, folder = Run(width=128, rank=64, examples=3), place / 'disk'
+    run, folder = Run(width=128, rank=64, examples=3), place / how.replace(' ', '-')
     folder.mkdir(parents=True, exist_ok=True)
     if how not in MOUNTED:
         return filled(run, folder, how)

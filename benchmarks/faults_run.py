@@ -120,9 +120,9 @@ def model(params: Any, ids: Any) -> Any:
 class Waited(pj.Checkpoints):
     """Checkpoints that are on disk before the next step begins."""
 
-    def save(self, state: pj.TrainState, data: Any = None) -> None:
+    def save(self, state: pj.TrainState, data: Any = None, **how: Any) -> None:
         """Writes a state."""
-        super().save(state, data)
+        super().save(state, data, **how)
         self.wait()
 
 

@@ -189,8 +189,10 @@ class Checkpoints:
           ValueError: there are steps, and neither `resume` nor `restore` has said which one that
             is; or the state is from before it.
         """
-        found, step = self.steps(), int(state.step)
-        if self._at is None and found:
+        self.wait()
+        step = int(state.step)
+        # once the run has its place the disk is not asked: what it refuses, the writing tells
+        if self._at is None and (found := self._steps.sealed()):
             raise ValueError(
                 f'a run goes on from one of its steps; {str(self._folder)!r} holds {found}, and '
                 'none was taken. Call resume or restore first, or choose another folder'
