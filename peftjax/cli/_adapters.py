@@ -35,14 +35,23 @@ def open_adapter(folder: str) -> checkpoint.Loaded:
 
 
 def load_base(model: str, dtype: jax.typing.DTypeLike | None = None) -> models.LoadedDecoder:
-    """Loads the decoder under an adapter, by default in the dtype of its checkpoint.
+    """Loads the decoder under an adapter, by default in the dtype that its weights are stored in.
 
     Raises:
       OSError: it is not there.
       ValueError: it is no decoder that can be read.
     """
-    stored = jnp.dtype(models.decoder_config(model).dtype)
-    return models.load_decoder(model, dtype=stored if dtype is None else dtype)
+    return models.load_decoder(model, dtype=stored_dtype(model) if dtype is None else dtype)
+
+
+def stored_dtype(model: str) -> jnp.dtype:
+    """The dtype that the weights of a decoder lie in, whatever its config.json says of them.
+
+    Raises:
+      OSError: it is not there.
+      ValueError: it is no decoder that can be read.
+    """
+    return jnp.dtype(models.abstract_decoder(model).model.compute.dtype)
 
 
 def check_absent(path: str, overwrite: bool | None = None) -> None:

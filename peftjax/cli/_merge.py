@@ -26,8 +26,10 @@ def run(options: argparse.Namespace) -> int:
         )
     _check(loaded.peft, loaded.phi)
     folder = options.model or loaded.metadata['model']
-    dtype = jnp.dtype(options.dtype or _stored_dtype(folder))
-    config, params = _base(loaded, folder, dtype, options)
+    stored = _stored_dtype(folder)
+    dtype = jnp.dtype(options.dtype or stored)
+    # Read in fewer bits than it is written in, or the reverse, a weight is rounded twice.
+    config, params = _base(loaded, folder, jnp.promote_types(stored, dtype), options)
     merged = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.peft.merge(params, loaded.phi))
     models.save_decoder(options.out, config, merged, tokenizer_of=models.model_folder(folder))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(merged))
@@ -45,11 +47,9 @@ def _check(peft: pj.Peft, phi: object) -> None:
 def _base(
     loaded: pj.Loaded, folder: str, dtype: jnp.dtype, options: argparse.Namespace
 ) -> tuple[models.DecoderConfig, Any]:
-    """The decoder that was adapted, with ordinary weights."""
+    """The decoder that was adapted, with ordinary weights of a dtype, or of the rounded ones'."""
     scheme, embeddings = (None, False) if options.any_base else rounding(loaded.metadata, folder)
-    # Read in fewer bits than it is written in, or the reverse, a weight is rounded twice.
-    read = jnp.promote_types(_stored_dtype(folder), dtype)
-    read = read if scheme is None else loaded.metadata['settings'].get('dtype', read)
+    read = dtype if scheme is None else loaded.metadata['settings'].get('dtype', dtype)
     how = _task.rounding(folder, scheme, embeddings)
     base = models.load_decoder(folder, dtype=read, **how)
     params: Any = base.params
@@ -64,8 +64,8 @@ def _base(
     return base.config, pj.dequantize(params)
 
 
-def _stored_dtype(folder: str) -> str:
+def _stored_dtype(folder: str) -> jnp.dtype:
     try:
-        return models.decoder_config(folder).dtype
+        return _adapters.stored_dtype(folder)
     except OSError as error:
         raise OSError(f'{error} {_saved.MOVED}') from error

@@ -56,6 +56,22 @@ def test_merged_in_another_dtype(peftjax, adapters, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, small, rounded)
 
 
+def test_weights_are_taken_as_they_lie_whatever_the_config_says(peftjax, adapters, model, tmp_path):
+    """What says bfloat16 over weights of float32 would round them, and look like another base."""
+    base = shutil.copytree(model, tmp_path / 'base')
+    said = json.loads((base / 'config.json').read_text()) | {'torch_dtype': 'bfloat16'}
+    (base / 'config.json').write_text(json.dumps(said))
+    for source, out in ((model, 'merged'), (base, 'other')):
+        ran = peftjax('merge', adapters['lora'], '--model', source, '--out', tmp_path / out)
+        assert ran.code == 0 and 'float32' in ran.out
+    ours, theirs = (models.load_decoder(str(tmp_path / f)).params for f in ('merged', 'other'))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert peftjax('export', adapters['lora'], '--out', tmp_path / 'peft').code == 0
+    back = tmp_path / 'back'
+    assert peftjax('import', tmp_path / 'peft', '--model', base, '--out', back).code == 0
+    pj.load(back).check(models.load_decoder(model).params)
+
+
 def test_what_does_not_merge_says_why_and_writes_nothing(peftjax, adapters, tmp_path):
     lora = pj.load(adapters['lora'])
     metadata = lora.metadata | {'task': 'classification'}
