@@ -27,6 +27,7 @@ import omniglot_data  # noqa: E402
 import omniglot_programs  # noqa: E402
 import omniglot_recipes as recipes  # noqa: E402
 
+pytestmark = pytest.mark.slow
 ALPHABETS, EACH, DRAWERS = 7, 3, 12
 
 

@@ -232,6 +232,7 @@ def test_batches_are_taken_up_where_they_stood():
 MESHES = ('data=5', 'fsdp=5', 'model=2', 'fsdp=5,model=1', 'data=1,model=4')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 def test_on_a_mesh_a_run_measures_the_same(files, unbroken, tmp_path, mesh):
     """Also where one device goes on with what a mesh has begun."""

@@ -241,6 +241,7 @@ def test_parts_of_a_step_are_the_step(tune, tmp_path):
     assert 'accumulate = 3\n' in (parts / 'options.toml').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', ['data=2', 'fsdp=2,model=4', 'data=2,fsdp=2,model=2'])
 def test_on_a_mesh_a_run_measures_the_same(tune, tmp_path, mesh):
     one, several = tmp_path / 'one', tmp_path / 'several'

@@ -16,6 +16,7 @@ from peftjax import data, models
 from peftjax.cli.meta import _frozen, _ground, _record
 from peftjax.cli.meta._results import read
 
+pytestmark = pytest.mark.slow
 MORE = ('where is my {}', 'such a {}', 'my good {}', 'cancel the {}')
 PARTS = {'train': THINGS[:2], 'valid': THINGS[2:4], 'test': THINGS[4:]}
 FEW = (

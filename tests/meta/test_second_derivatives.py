@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import quick
 
 import peftjax as pj
@@ -40,6 +41,7 @@ def meta_gradient(attention, first_order=False):
         return gradient(params, phi, (ids, ids[:, :, ::-1]), jax.random.key(4))
 
 
+@pytest.mark.slow
 def test_the_meta_gradient_is_that_of_the_formula():
     plain, found, first = (
         jax.tree.leaves(meta_gradient(*how)) for how in (('plain',), ('fused',), ('plain', True))
