@@ -40,7 +40,7 @@ def load_records(
     """Reads examples for a language model from a `.jsonl` file in UTF-8.
 
     Every line is a JSON object with one of: messages; prompt and completion; text. The first of
-    these that is there counts; other keys are not looked at.
+    these that is there counts, and a null is not there; other keys are not looked at.
 
     Args:
       path: the file.
@@ -67,7 +67,8 @@ def load_records(
     records = []
     for line, row in jsonl_rows(path, read(path)):
         where = f'{path}, line {line}'
-        if row.get(messages) is not None:
+        row = {key: value for key, value in row.items() if value is not None}
+        if messages in row:
             records.append(Record(where=where, messages=_messages(where, messages, row[messages])))
         elif prompt in row or completion in row:
             said = [_text(where, key, row.get(key)) for key in (prompt, completion)]
@@ -77,8 +78,8 @@ def load_records(
         else:
             raise ValueError(
                 f'{where} needs {messages!r}, or {prompt!r} and {completion!r}, or {text!r}: found '
-                f'{", ".join(map(repr, row)) or "no key"}. Say how they are called here '
-                "(prompt='question')."
+                f'{", ".join(map(repr, row)) or "no key with a value"}. Say how they are called '
+                "here (prompt='question')."
             )
     return tuple(records)
 

@@ -27,6 +27,16 @@ def test_all_three_kinds_are_read_in_order(tmp_path: pathlib.Path):
     assert three.text == 'c'
 
 
+def test_a_null_is_not_there(tmp_path: pathlib.Path):
+    """As in the rows of a table with a column for each kind."""
+    columns = dict.fromkeys(('messages', 'prompt', 'completion', 'text'))
+    rows = [columns | {'text': 'c'}, columns | {'prompt': 'a', 'completion': 'b'}]
+    one, two = load_records(written(tmp_path, *rows))
+    assert (one.text, one.prompt) == ('c', '') and (two.prompt, two.completion) == ('a', 'b')
+    with pytest.raises(ValueError, match='line 1 needs .*: found no key with a value'):
+        load_records(written(tmp_path, columns))
+
+
 @pytest.mark.parametrize(
     ('row', 'message'),
     [
