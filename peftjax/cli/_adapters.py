@@ -34,14 +34,14 @@ def open_adapter(folder: str) -> checkpoint.Loaded:
     return loaded
 
 
-def load_base(model: str, dtype: jax.typing.DTypeLike | None = None) -> models.LoadedDecoder:
-    """Loads the decoder under an adapter, by default in the dtype that its weights are stored in.
+def load_base(model: str) -> models.LoadedDecoder:
+    """Loads the decoder under an adapter, in the dtype that its weights are stored in.
 
     Raises:
       OSError: it is not there.
       ValueError: it is no decoder that can be read.
     """
-    return models.load_decoder(model, dtype=stored_dtype(model) if dtype is None else dtype)
+    return models.load_decoder(model, dtype=stored_dtype(model))
 
 
 def stored_dtype(model: str) -> jnp.dtype:
