@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from peftjax import checkpoint, models
+from peftjax import Peft, checkpoint, models
 from peftjax.cli import _output, _saved
 from peftjax.cli._opened import opened
 
@@ -34,14 +34,24 @@ def open_adapter(folder: str) -> checkpoint.Loaded:
     return loaded
 
 
-def load_base(model: str) -> models.LoadedDecoder:
+def load_base(model: str, scan_layers: bool) -> models.LoadedDecoder:
     """Loads the decoder under an adapter, in the dtype that its weights are stored in.
 
     Raises:
       OSError: it is not there.
       ValueError: it is no decoder that can be read.
     """
-    return models.load_decoder(model, dtype=stored_dtype(model))
+    return models.load_decoder(model, dtype=stored_dtype(model), scan_layers=scan_layers)
+
+
+def scans(peft: Peft, model: str) -> bool:
+    """Whether an adapter is over the layers of a decoder as one stack, or over each by itself.
+
+    Raises:
+      OSError: the decoder is not there.
+      ValueError: it is no decoder that can be read.
+    """
+    return models.decoder_config(model).is_scanned(path for path, _, _ in peft.leaves)
 
 
 def stored_dtype(model: str) -> jnp.dtype:

@@ -98,5 +98,6 @@ def _of_base(about: dict[str, Any], peft: pj.Peft) -> dict[str, Any]:
         raise OSError(f'{error} The base says which kind of model it is') from error
     said: dict[str, Any] = {'model_type': json.loads(config.source)['model_type']}
     if any(isinstance(part, pj.Dora) for _, part in peft.method.parts):
-        said['params'] = _adapters.load_base(str(about['model'])).params
+        model = str(about['model'])
+        said['params'] = _adapters.load_base(model, _adapters.scans(peft, model)).params
     return said

@@ -15,7 +15,7 @@ import numpy as np
 
 import peftjax as pj
 from peftjax import data, models
-from peftjax.cli import _input, _saved
+from peftjax.cli import _adapters, _input, _saved
 from peftjax.cli._opened import alike, is_adapter
 from peftjax.cli._terminal import say
 from peftjax.cli.language import _task
@@ -122,11 +122,11 @@ def _model(options: argparse.Namespace, adapter: str | None) -> Model:
       ValueError: an adapter of something else, or trained on another base.
     """
     if adapter is None:
-        task = _load(options)
+        task = _load(options, True)
         return Model(task, Alone(task.decoder), {}, 0)
     loaded, _ = load(options, adapter)
     try:
-        task = _load(options)
+        task = _load(options, _adapters.scans(loaded.peft, options.model))
     except OSError as error:
         raise OSError(f'{error} {_saved.MOVED}') from error
     loaded.check(task.params, allow_other_base=options.any_base)
@@ -135,9 +135,9 @@ def _model(options: argparse.Namespace, adapter: str | None) -> Model:
     return Model(task, forward, loaded.phi, sum(room.length for room in rooms))
 
 
-def _load(options: argparse.Namespace) -> _task.Task:
-    dtype = options.dtype or 'float32'
-    return _task.load(options.model, dtype, options.quantize, bool(options.embeddings))
+def _load(options: argparse.Namespace, scan_layers: bool) -> _task.Task:
+    dtype, embeddings = options.dtype or 'float32', bool(options.embeddings)
+    return _task.load(options.model, dtype, options.quantize, embeddings, scan_layers=scan_layers)
 
 
 def _check_room(model: Model, longest: int, options: argparse.Namespace) -> None:

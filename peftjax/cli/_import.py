@@ -2,11 +2,13 @@
 
 import argparse
 import pathlib
+from typing import Any
 
 import peftjax as pj
 from peftjax.cli import _adapters, _saved
 from peftjax.cli._opened import is_adapter, kind
 from peftjax.cli._terminal import say
+from peftjax.hf._stacked import LayersDifferError
 
 
 def _check(folder: pathlib.Path) -> None:
@@ -22,14 +24,22 @@ def _check(folder: pathlib.Path) -> None:
     )
 
 
+def _read(options: argparse.Namespace, scan_layers: bool) -> tuple[Any, pj.hf.LoadedAdapter]:
+    """The base, its layers as one stack or each by itself, and the adapter over it."""
+    base = _adapters.load_base(options.model, scan_layers)
+    return base.params, pj.hf.load_adapter(
+        options.folder, base.model.apply_fn, base.params, _adapters.IDS, strict=not options.lenient
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _adapters.check_absent(options.out, options.overwrite)
     _check(pathlib.Path(options.folder).expanduser())
-    base = _adapters.load_base(options.model)
-    found = pj.hf.load_adapter(
-        options.folder, base.model.apply_fn, base.params, _adapters.IDS, strict=not options.lenient
-    )
+    try:
+        params, found = _read(options, scan_layers=True)
+    except LayersDifferError:
+        params, found = _read(options, scan_layers=False)
     metadata = {
         'task': _saved.LANGUAGE,
         'model': _saved.lasting(options.model),
@@ -42,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         found.peft,
         found.phi,
-        params=base.params,
+        params=params,
         metadata=metadata,
         overwrite=options.overwrite,
     )

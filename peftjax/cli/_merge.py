@@ -51,7 +51,8 @@ def _base(
     scheme, embeddings = (None, False) if options.any_base else rounding(loaded.metadata, folder)
     read = dtype if scheme is None else loaded.metadata['settings'].get('dtype', dtype)
     how = _task.rounding(folder, scheme, embeddings)
-    base = models.load_decoder(folder, dtype=read, **how)
+    scans = _adapters.scans(loaded.peft, folder)
+    base = models.load_decoder(folder, dtype=read, scan_layers=scans, **how)
     params: Any = base.params
     loaded.check(params, allow_other_base=options.any_base)
     quantized = any(isinstance(leaf, pj.Quantized) for leaf in _paths.leaves(params).values())

@@ -14,6 +14,7 @@ from peftjax.hf._hub import STARTS, activation
 from peftjax.hf._model import Model
 from peftjax.hf._plan import Plan, require
 from peftjax.hf._prefix import STORED
+from peftjax.hf._stacked import LayersDifferError
 from peftjax.hf._stored import Stored
 from peftjax.methods import Adapter, PrefixTuning, PromptTuning
 
@@ -172,10 +173,9 @@ def _layers(
             'an adapter for every layer',
         )
         if 0 < len(kept) < len(layers):
-            raise ValueError(
+            raise LayersDifferError(
                 f'{path!r} is a stack of layers, adapted in all of them or none; this adapter '
-                f'leaves out {left_out}. Load the model with its layers unrolled '
-                '(scan_layers=False)'
+                f'leaves out {left_out}'
             )
         if kept:
             found[path] = layers
@@ -204,10 +204,9 @@ def _reductions(fields: Fields, layers: Mapping[str, tuple[int, ...]]) -> dict[s
         for path, mine in layers.items()
     }
     if uneven := [path for path, values in own.items() if len(values) > 1]:
-        raise ValueError(
+        raise LayersDifferError(
             f'the layers of a stack have adapters of one width; {uneven[0]!r} would have '
-            f'{sorted(own[uneven[0]])} as reductions. Load the model with its layers unrolled '
-            '(scan_layers=False)'
+            f'{sorted(own[uneven[0]])} as reductions'
         )
     single = {path: values.pop() for path, values in own.items()}
     others = tuple((path, value) for path, value in single.items() if value != default)

@@ -13,6 +13,7 @@ from peftjax.hf._from_parameters import plan_parameters
 from peftjax.hf._model import Model
 from peftjax.hf._names import fits, pattern_of
 from peftjax.hf._plan import require
+from peftjax.hf._stacked import LayersDifferError
 from peftjax.hf._stored import Stored
 from peftjax.methods import Dora, Lora
 
@@ -102,10 +103,9 @@ def _method(
         for path, modules in leaves.items():
             values = {pattern_of(module, patterns, default) for module in modules}
             if len(values) > 1:
-                raise ValueError(
+                raise LayersDifferError(
                     f'the layers of a stack have one rank and one scale; {path!r} would have '
-                    f'{field} {sorted(values)}. Load the model with its layers unrolled '
-                    '(scan_layers=False)'
+                    f'{field} {sorted(values)}'
                 )
             share = shares.get(path, 1)
             groups.setdefault(_share(values.pop(), share, field, stabilized), []).append(path)

@@ -14,6 +14,7 @@ from peftjax.hf._model import Model
 from peftjax.hf._names import is_below
 from peftjax.hf._plan import Plan, require
 from peftjax.hf._prefix import scale_note
+from peftjax.hf._stacked import LayersDifferError
 from peftjax.hf._stored import Stored
 from peftjax.methods import Ia3, PrefixTuning, PromptTuning
 from peftjax.methods.prompt import EMBEDDINGS
@@ -89,9 +90,9 @@ def _feeds_forward(modules: tuple[str, ...], names: tuple[str, ...] | str) -> bo
     else:
         fits = {module.endswith(names) for module in modules}
     if len(fits) > 1:
-        raise ValueError(
+        raise LayersDifferError(
             f'the layers of a stack are scaled alike; of {modules[0]!r} and those with it, some '
-            'are feedforward_modules. Load the model with its layers unrolled (scan_layers=False)'
+            'are feedforward_modules'
         )
     return fits == {True}
 

@@ -15,6 +15,7 @@ from peftjax.hf._layout import Layout, layout
 from peftjax.hf._model import Model
 from peftjax.hf._names import Table
 from peftjax.hf._prefix import prefix_layout, prompt_layout
+from peftjax.hf._stacked import LayersDifferError
 from peftjax.hf._stored import Stored
 from peftjax.methods import PrefixTuning, PromptTuning, Trainable
 
@@ -158,16 +159,15 @@ def whole_leaves(model: Model, modules: Iterable[str]) -> dict[Path, tuple[str, 
       For each path the stored names of its modules.
 
     Raises:
-      ValueError: a stacked leaf is adapted in some of its layers only.
+      LayersDifferError: a stacked leaf is adapted in some of its layers only.
     """
     table, found, leaves = model.table, set(modules), {}
     for path in dict.fromkeys(p for m in modules if (p := _path(table, m)) is not None):
         mine = table.parameters(path) if table.is_raw(path) else table.modules(path)
         if absent := [module for module in mine if module not in found]:
-            raise ValueError(
+            raise LayersDifferError(
                 f'{path!r} is a stack of layers, adapted in all of them or none; this adapter '
-                f'leaves out {absent[0]!r} ({len(absent)} of {len(mine)}). Load the model with '
-                'its layers unrolled (scan_layers=False)'
+                f'leaves out {absent[0]!r} ({len(absent)} of {len(mine)})'
             )
         leaves[path] = mine
     return leaves
@@ -182,15 +182,14 @@ def saved_leaves(model: Model, names: Iterable[str]) -> Trainable:
     """The method that trains some parameters in full.
 
     Raises:
-      ValueError: a stacked leaf is trained in some of its layers only.
+      LayersDifferError: a stacked leaf is trained in some of its layers only.
     """
     names = set(names)
     paths = {place.site.path: None for n in sorted(names) if (place := model.place(n)) is not None}
     for path in paths:
         if absent := [n for n in model.table.parameters(path) if n not in names]:
-            raise ValueError(
+            raise LayersDifferError(
                 f'{path!r} is a stack of layers, trained in all of them or none; this adapter '
-                f'leaves out {absent[0]!r}. Load the model with its layers unrolled '
-                '(scan_layers=False)'
+                f'leaves out {absent[0]!r}'
             )
     return Trainable(target=model.target(paths))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Literal
 
 from peftjax.models._activations import ACTIVATIONS
@@ -234,6 +235,18 @@ class DecoderConfig:
         fields = json.loads(self.source) if self.source else {}
         said = fields.get('dtype') or fields.get('torch_dtype') or 'auto'
         return 'float32' if said == 'auto' else str(said)
+
+    def is_scanned(self, paths: Iterable[str]) -> bool:
+        """Whether these are the parameters of a model whose layers are one stack.
+
+        Args:
+          paths: of all its leaves.
+
+        Returns:
+          False where each layer has leaves of its own, as with `scan_layers=False`.
+        """
+        first = f'{self.names.body}/{self.names.layers}/0/'
+        return not any(path.startswith(first) for path in paths)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -103,9 +103,8 @@ def _check_config(config: DecoderConfig) -> None:
 
 
 def _check(leaves: Mapping[str, jax.Array], config: DecoderConfig) -> None:
-    layers = f'{config.names.body}/{config.names.layers}/'
-    scanned = not any(path.startswith(f'{layers}0/') for path in leaves)
-    shapes = decoder_shapes(Decoder(config, Compute(scan_layers=scanned)))
+    compute = Compute(scan_layers=config.is_scanned(leaves))
+    shapes = decoder_shapes(Decoder(config, compute))
     absent, beyond = sorted(set(shapes) - set(leaves)), sorted(set(leaves) - set(shapes))
     if absent or beyond:
         raise ValueError(

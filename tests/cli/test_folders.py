@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import language
 import numpy as np
 import pytest
+import safetensors.numpy
 from commands import call
 
 import peftjax as pj
@@ -104,6 +105,32 @@ def test_exported_and_imported_is_the_same_adapter(peftjax, adapters, model, tmp
     ours, theirs = (sorted(a.tobytes() for a in map(np.asarray, jax.tree.leaves(pj.load(f).phi)))
                     for f in (adapters[name], back))  # fmt: skip
     assert ours == theirs
+
+
+def test_an_adapter_whose_layers_differ(peftjax, model, tmp_path):
+    """As PEFT has it with `rank_pattern` and `layers_to_transform`: what is a stack must not be."""
+    base = models.load_decoder(model, scan_layers=False)
+    uneven = pj.Lora(rank=4, alpha=6, target=r'0/.*q_proj|v_proj/k', ranks=(('1/.*v_proj', 2),))
+    peft = pj.attach(uneven, base.model.apply_fn, base.params, language.IDS)
+    phi = jax.tree.map(lambda a: jnp.full(a.shape, 0.1), peft.init(jax.random.key(0), base.params))
+    pj.hf.save_adapter(tmp_path / 'peft', peft, phi, base_model=model)
+    back, merged = tmp_path / 'back', tmp_path / 'merged'
+    assert peftjax('import', tmp_path / 'peft', '--model', model, '--out', back).code == 0
+    jax.tree.map(np.testing.assert_array_equal, pj.load(back).phi, phi)
+    assert peftjax('merge', back, '--out', merged).code == 0
+    merged = models.load_decoder(str(merged))
+    out = jax.jit(merged.model.apply_fn)(merged.params, language.IDS)
+    wanted = jax.jit(peft.wrap(base.model.apply_fn))(base.params, phi, language.IDS)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-5)
+    assert peftjax('export', back, '--out', tmp_path / 'again').code == 0
+    one, other = (
+        safetensors.numpy.load_file(tmp_path / folder / 'adapter_model.safetensors')
+        for folder in ('peft', 'again')
+    )
+    assert one.keys() == other.keys() and len(one) == 6
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    ran = peftjax('import', tmp_path / 'peft', '--model', tmp_path, '--out', tmp_path / 'no')
+    assert ran.code == 2 and not (tmp_path / 'no').exists()
 
 
 def test_parity_export_is_read_by_peft(peftjax, adapters, model, tmp_path):

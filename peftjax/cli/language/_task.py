@@ -97,6 +97,7 @@ def load(
     embeddings: bool = False,
     remat: Literal['none', 'full', 'names'] = 'none',
     mesh: Mesh | None = None,
+    scan_layers: bool = True,
 ) -> Task:
     """Loads a decoder and its tokenizer.
 
@@ -108,6 +109,7 @@ def load(
       embeddings: whether the token embedding and the head are kept so too.
       remat: what a gradient keeps of each layer.
       mesh: over which its weights are spread.
+      scan_layers: whether its layers are one stack.
 
     Returns:
       The task.
@@ -118,8 +120,10 @@ def load(
     """
     how = rounding(model, quantize, embeddings)
     if mesh is not None:
-        how['sharding'] = models.decoder_sharding(models.decoder_config(model), mesh)
-    loaded = models.load_decoder(model, dtype=jnp.dtype(dtype), remat=remat, **how)
+        config = models.decoder_config(model)
+        how['sharding'] = models.decoder_sharding(config, mesh, scan_layers=scan_layers)
+    how |= {'dtype': jnp.dtype(dtype), 'remat': remat, 'scan_layers': scan_layers}
+    loaded = models.load_decoder(model, **how)
     tokenizer = load_tokenizer(models.model_folder(model))
     stop = stop_tokens(models.model_folder(model), tokenizer)
     pad = tokenizer.pad_token_id
