@@ -38,7 +38,7 @@ compile_quickly(QUICK)
 def pytest_configure(config: pytest.Config) -> None:
     """Tells of the marks, and keeps programs for all processes of this run."""
     config.addinivalue_line('markers', 'optimized: its programs are compiled as users compile them')
-    config.addinivalue_line('markers', 'slow: up to a minute a test, and the same in all versions')
+    config.addinivalue_line('markers', 'slow: long, each or together, and the same in all versions')
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # a worker has that of who started it
         folder = tempfile.mkdtemp(prefix='peftjax-programs-')
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -393,6 +393,7 @@ def scaled(rotation):
     return model, jax.jit(model.init)(jax.random.key(0), IDS)['params']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', VIRTUAL)
 @pytest.mark.parametrize('rotation', SCALED)
 @pytest.mark.parametrize('length', [2, 3, 6])

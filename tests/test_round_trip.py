@@ -24,6 +24,8 @@ import peftjax as pj
 from peftjax.hf import _load, _stored
 from peftjax.models import Compute, Decoder, read_decoder_config
 
+pytestmark = pytest.mark.slow
+
 PEFT = (
     *(name for name in WITH_GRADIENTS if '/ah_' not in name),
     *(name for name in ELSEWHERE if not name.startswith('ah_')),

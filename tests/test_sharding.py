@@ -238,6 +238,7 @@ def alone():
         return trained(LORA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 @pytest.mark.parametrize('preset', PRESETS)
 def test_twenty_steps_of_a_decoder_are_those_of_one_device(alone, preset, kind):
