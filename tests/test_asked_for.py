@@ -7,6 +7,7 @@ import pytest
 from hf_case import attached, edit, edit_tensors, load, params
 
 import peftjax as pj
+from peftjax.models import Decoder, read_decoder_config
 
 
 @pytest.fixture
@@ -78,6 +79,46 @@ def test_tensors_of_a_module_that_the_model_has_not_are_not_passed_over(folder):
         load(folder)
 
 
+def test_a_module_to_save_is_found_by_the_end_of_a_word(tmp_path):
+    """As PEFT does: `norm` is every norm of a Llama."""
+    sizes = {'vocab_size': 9, 'hidden_size': 8, 'num_hidden_layers': 2, 'intermediate_size': 6}
+    config = read_decoder_config({'model_type': 'llama', 'num_attention_heads': 2, **sizes})
+    decoder, ids = Decoder(config), jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    theta = jax.eval_shape(decoder.init, jax.random.key(0), ids)['params']
+    method = pj.chain(lora=pj.Lora(target='q_proj', rank=2), saved=pj.Trainable(target='norm'))
+    peft = pj.attach(method, decoder.apply_fn, theta, ids)
+    draw = np.random.default_rng(0).normal
+    phi = jax.tree.map(
+        lambda leaf: draw(size=leaf.shape).astype(np.float32),
+        jax.eval_shape(peft.init, jax.random.key(0), theta),
+    )
+    folder = pj.hf.save_adapter(tmp_path / 'x', peft, phi)
+    edit(folder, modules_to_save=['norm'])
+    loaded = pj.hf.load_adapter(folder, decoder.apply_fn, theta, ids)
+    assert [path.split('/')[-2] for path in loaded.phi['saved']] == [
+        'input_layernorm', 'post_attention_layernorm', 'norm',
+    ]  # fmt: skip
+    assert not loaded.unused and jax.tree.all(jax.tree.map(np.array_equal, loaded.phi, phi))
+
+
+def test_a_module_whose_name_is_the_end_of_another_is_not_saved_alone(tmp_path):
+    def model(params, x):
+        return x * params['pre_norm']['weight'] * params['norm']['weight'] @ params['up']['kernel']
+
+    one = {'weight': jnp.ones(4)}
+    theta = {'pre_norm': one, 'norm': one, 'up': {'kernel': jnp.ones((4, 2))}}
+    saved = lambda target: pj.chain(pj.Lora(target='kernel', rank=2), pj.Trainable(target=target))
+    for target in ('norm', '^norm'):
+        peft = pj.attach(saved(target), model, theta, jnp.ones((3, 4)))
+        phi = peft.init(jax.random.key(0), theta)
+        if target == 'norm':
+            pj.hf.save_adapter(tmp_path / 'both', peft, phi)
+        else:
+            with pytest.raises(ValueError, match=r"train 'pre_norm' too: its name ends like one"):
+                pj.hf.save_adapter(tmp_path / 'one', peft, phi)
+    assert not (tmp_path / 'one').exists()
+
+
 # Rows of tokens -----------------------------------------------------------------------------------
 
 IDS = jnp.asarray([[3, 8, 5]])
@@ -112,6 +153,11 @@ ASKED = {
         {'embed_tokens': [1, 2], 'embed_types': [1, 2]},
         ONE,
         r"missing: 'embed_types.trainable_tokens_delta' \(1 in all\)",
+    ),
+    'a head': (
+        {'up': [0, 1]},
+        {'base_model.model.up.token_adapter.trainable_tokens_delta': np.ones((2, 4), np.float32)},
+        "trainable_token_indices names 'up', which is no embedding",
     ),
     'rows of another': ({'embed_types': [1, 2]}, INSIDE, 'without a place: .*embed_tokens.token'),
 }

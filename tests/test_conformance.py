@@ -242,6 +242,13 @@ def test_a_projected_prefix_is_loaded_as_what_it_made():
     assert distance(stored.forward(), stored.io['out_adapted']) < 1e-5
 
 
+def test_a_prompt_of_an_encoder_is_loaded_as_what_it_made():
+    stored = case('p_tuning_mlp', True)
+    assert 'does not store the encoder' in stored.opened.plan.notes[0]
+    assert distance(stored.io['out_base'], stored.out_adapted) > 0.1
+    assert distance(stored.forward(), stored.out_adapted) < 1e-5
+
+
 REFUSED = {
     'lora_alora': 'alora_invocation_tokens',
     'lora_kasa': 'kasa_config',

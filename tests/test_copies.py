@@ -51,6 +51,15 @@ def test_a_copy_of_a_table_that_is_quantized(folder, scheme, dtype):
         pj.hf.load_adapter(folder, model, base, IDS)
 
 
+def test_a_copy_that_was_rounded_while_it_was_trained(folder):
+    rounded = np.asarray(jnp.asarray(ROWS, jnp.bfloat16), np.float32)
+    with_table(folder, rounded)
+    assert list(pj.hf.load_adapter(folder, model, params(jnp.float16), IDS).phi) == ['up/kernel']
+    with_table(folder, rounded * np.float32(1.02))
+    with pytest.raises(ValueError, match='embed_tokens.weight. along, which differs from the base'):
+        pj.hf.load_adapter(folder, model, params(jnp.float16), IDS)
+
+
 def test_a_copy_needs_the_values_of_the_base(folder):
     for base in (params(), pj.quantize(params(), pj.NF4, target='.')):
         with pytest.raises(ValueError, match='Pass params as arrays, not as shapes'):

@@ -306,6 +306,19 @@ def test_one_use_of_a_shared_weight_is_refused(tmp_path):
         pj.hf.load_adapter(folder, tied, theta, ids)
 
 
+def test_what_has_no_place_may_be_of_a_head_that_is_tied(tmp_path):
+    theta = {'embed': {'embedding': jnp.ones((5, 4))}, 'up': {'kernel': jnp.eye(4)}}
+    both = theta | {'lm_head': {'kernel': jnp.ones((4, 5))}}
+    inner = lambda p, ids: p['embed']['embedding'][ids] @ p['up']['kernel']
+    untied = lambda p, ids: inner(p, ids) @ p['lm_head']['kernel']
+    tied = lambda p, ids: inner(p, ids) @ p['embed']['embedding'].T
+    ids = jnp.zeros((2, 3), jnp.int32)
+    peft = pj.attach(pj.Lora(target='kernel', rank=2), untied, both, ids)
+    folder = pj.hf.save_adapter(tmp_path / 'x', peft, peft.init(jax.random.key(0), both))
+    with pytest.raises(ValueError, match="lm_head.*a head that this one ties to 'embed/embedding'"):
+        pj.hf.load_adapter(folder, tied, theta, ids)
+
+
 SHARED = {
     'linear': (pj.Lora(target='up', rank=2), r"'up/kernel' \(linear\) has several uses"),
     'saved': (pj.chain(pj.Lora(target='embed'), pj.Trainable(target='up')), r"'up/kernel' \(lin"),

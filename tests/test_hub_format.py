@@ -232,6 +232,17 @@ def test_query_key_and_value_in_one_layer(tmp_path):
     assert equal(pj.hf.load_adapter(folder, model.apply_fn, params, IDS).phi, scale[1])
 
 
+def test_a_scale_that_is_multiplied_once_more_is_refused(tmp_path):
+    folder = save(tmp_path, *adapter(pj.Ia3(target='(key|value)/k')))
+    (folder / 'manifest.json').unlink()
+    said = json.loads((folder / 'adapter_config.json').read_text())
+    assert inner(folder)['composition_mode'] == 'scale'
+    said['config']['alpha'] = 2
+    (folder / 'adapter_config.json').write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="alpha=2 cannot be .* composition_mode='scale'"):
+        load(folder)
+
+
 def test_dora_of_a_scale_of_one_needs_no_base(tmp_path):
     """Without a bias too, the formulas are the same."""
     theta = {'layers': {'0': {'self_attn': {'q_proj': {'kernel': jnp.ones((4, 4))}}}}}

@@ -24,11 +24,21 @@ def _check(folder: pathlib.Path) -> None:
     )
 
 
-def _read(options: argparse.Namespace, scan_layers: bool) -> tuple[Any, pj.hf.LoadedAdapter]:
-    """The base, its layers as one stack or each by itself, and the adapter over it."""
-    base = _adapters.load_base(options.model, scan_layers)
+def _read(options: argparse.Namespace) -> tuple[Any, pj.hf.LoadedAdapter]:
+    """The parameters of the base, and the adapter over it."""
+    try:
+        return _over(options, scan_layers=True)
+    except LayersDifferError:
+        pass  # the error holds the first base, and goes before the second is read
+    return _over(options, scan_layers=False)
+
+
+def _over(options: argparse.Namespace, scan_layers: bool) -> tuple[Any, pj.hf.LoadedAdapter]:
+    """The same, the layers of the base as one stack or each by itself."""
+    base, ids = _adapters.load_base(options.model, scan_layers), _adapters.IDS
+    how = {'position_ids': ids, 'strict': not options.lenient}
     return base.params, pj.hf.load_adapter(
-        options.folder, base.model.apply_fn, base.params, _adapters.IDS, strict=not options.lenient
+        options.folder, base.model.apply_fn, base.params, ids, **how
     )
 
 
@@ -36,10 +46,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     _adapters.check_absent(options.out, options.overwrite)
     _check(pathlib.Path(options.folder).expanduser())
-    try:
-        params, found = _read(options, scan_layers=True)
-    except LayersDifferError:
-        params, found = _read(options, scan_layers=False)
+    params, found = _read(options)
     metadata = {
         'task': _saved.LANGUAGE,
         'model': _saved.lasting(options.model),

@@ -113,6 +113,7 @@ def plan_tokens(
 
     Raises:
       CheckpointError: the configuration asks for rows that are not there.
+      ValueError: it asks for those of something else than an embedding.
     """
     rows = [name.removesuffix(DELTA) for name in stored.tensors if name.endswith(DELTA)]
     there = [name for name, _ in model.table.adaptable()]
@@ -126,6 +127,12 @@ def plan_tokens(
         owners = dict.fromkeys(wanted, tokens) | owners
     require((f'{o}{DELTA}' for o in owners), stored.tensors, stored.where, 'all rows of tokens')
     for i, (owner, tokens) in enumerate(owners.items()):
+        place = model.table.weight(owner)
+        if place is not None and place.site.kind != 'embedding':
+            raise ValueError(
+                f'{stored.where}: {key} names {owner!r}, which is no embedding: tokens are rows of '
+                'embeddings here, and columns of a head cannot be trained alone'
+            )
         draft.methods[f'tokens_{i + 1}' if i else 'tokens'] = TrainableTokens(
             target=model.target(whole_leaves(model, [owner])), ids=tokens
         )

@@ -41,6 +41,12 @@ def plan_hub_lora(fields: Fields, stored: Stored, model: Model, draft: Draft) ->
     fused = [m for names in leaves.values() for m in names if m.endswith(f'.{FUSED}')]
     target = model.target(leaves)
     if scaling:
+        if alpha != 1:
+            raise ValueError(
+                f'{fields.where}: alpha={alpha} cannot be represented with '
+                "composition_mode='scale': outputs are multiplied with alpha beside the scale that "
+                'was trained. Multiply the scales with it, and write alpha=1'
+            )
         draft.rewrites += [_spread_scale(module, parts) for module in fused]
         draft.methods['ia3'] = Ia3(target=target)
         return

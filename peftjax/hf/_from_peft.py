@@ -11,7 +11,7 @@ from peftjax.hf._config import Fields
 from peftjax.hf._draft import DELTA, Draft, adapted, plan_tokens
 from peftjax.hf._from_lora import plan_lora
 from peftjax.hf._model import Model
-from peftjax.hf._names import is_below
+from peftjax.hf._names import is_saved
 from peftjax.hf._plan import Plan, require
 from peftjax.hf._prefix import scale_note
 from peftjax.hf._stacked import LayersDifferError
@@ -105,10 +105,25 @@ def _prompt(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     start = fields.text('prompt_tuning_init', 'RANDOM')
     if start not in STARTS:
         draft.note_idle(fields, ('prompt_tuning_init',))
-    method = PromptTuning(length=_length(fields, draft), initial=STARTS.get(start, 'random'))
+    _prompt_of(fields, model, draft, STARTS.get(start, 'random'))
+
+
+def _prompt_of(fields: Fields, model: Model, draft: Draft, initial: str) -> None:
+    """A direct prompt."""
+    method = PromptTuning(length=_length(fields, draft), initial=initial)
     draft.methods['prompt_tuning'] = method
     tables = (site for site in model.table.sites.values() if matches(EMBEDDINGS, site.path))
     draft.notes += scale_note(tables)
+
+
+def _p_tuning(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
+    del stored
+    keys = 'reparameterization_type', 'hidden_size', 'num_layers', 'dropout'
+    draft.note_idle(fields, tuple(f'encoder_{key}' for key in keys))
+    draft.notes.append(
+        'PEFT does not store the encoder of a prompt: what it made is loaded, as a direct prompt'
+    )
+    _prompt_of(fields, model, draft, 'random')
 
 
 def _prefix(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
@@ -162,9 +177,9 @@ def _saved(fields: Fields, stored: Stored, model: Model, draft: Draft) -> None:
     owners = (owners,) if isinstance(owners, str) else owners
     every = model.table.stored_parameters()
     modules = [name.rpartition('.')[0] for name in (*every, *stored.tensors)]
-    dead = [owner for owner in owners if not any(is_below(m, (owner,)) for m in modules)]
+    dead = [owner for owner in owners if not any(is_saved(m, (owner,)) for m in modules)]
     draft.listed += [f'modules_to_save {owner!r}, which no module has' for owner in dead]
-    names = [name for name in every if is_below(name.rpartition('.')[0], owners)]
+    names = [name for name in every if is_saved(name.rpartition('.')[0], owners)]
     require(names, stored.tensors, stored.where, 'every parameter')
     draft.saved.update(names)
     # With bias='all' PEFT writes the biases of such a module once more, and those that it replaced.
@@ -203,11 +218,14 @@ def _once_more(stored: Stored, model: Model) -> set[str]:
 
 
 def _check_copy(name: str, stored: Stored, model: Model) -> None:
-    """A parameter beside the adapter, such as the table of an adapted embedding."""
+    """A parameter beside the adapter, such as the table of an adapted embedding.
+
+    It is the base's in the dtype of training, which need not be that in which the base is stored.
+    """
     ours, place = np.asarray(model.value(name)), model.place(name)
     theirs = np.asarray(model.rounded(name, stored.tensors[name]))
     assert place is not None
-    error = float(jnp.finfo(place.site.dtype).eps)
+    error = max(float(jnp.finfo(dtype).eps) for dtype in (place.site.dtype, jnp.bfloat16))
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=error, atol=error**2):
         raise ValueError(
             f'the adapter brings {stored.names[name]!r} along, which differs from the base: '
@@ -220,6 +238,7 @@ KINDS: dict[str, Callable[[Fields, Stored, Model, Draft], None]] = {
     'LORA': plan_lora,
     'IA3': _ia3,
     'PROMPT_TUNING': _prompt,
+    'P_TUNING': _p_tuning,
     'PREFIX_TUNING': _prefix,
     'TRAINABLE_TOKENS': _tokens,
 }

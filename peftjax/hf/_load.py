@@ -171,9 +171,16 @@ def open_adapter(
         raise CheckpointError(
             f'the adapter in {str(stored.folder)!r} must fit its configuration and the model; '
             f'without a place: {", ".join(map(repr, extra[:10]))} ({len(extra)} in all). Is it of '
-            'another base? Pass strict=False to ignore them'
+            f'another base{_or_of_a_head(model)}? Pass strict=False to ignore them'
         )
     return Opened(stored, plan, peft, found, fields, (*plan.unknown, *extra))
+
+
+def _or_of_a_head(model: Model) -> str:
+    """Where a parameter has several uses, tensors of one of them have no place."""
+    shared = ', '.join(map(repr, sorted(model.table.shared)))
+    untie = 'adapt one whose head has a parameter of its own (tie_word_embeddings false)'
+    return f', or of a head that this one ties to {shared} ({untie})' if shared else ''
 
 
 def _check_positions(plan: Plan, args: Any, kwargs: Any) -> None:

@@ -189,7 +189,7 @@ def targeted(module: str, rule: Mapping[str, Any]) -> bool:
     """
     if _found(module, rule.get('exclude_modules', ())):
         return False
-    if is_below(module, rule.get('modules_to_save', ())):
+    if any(_is_below(module, name) for name in rule.get('modules_to_save', ())):
         return False
     target = rule.get('target_modules', ())
     if not _found(module, target):
@@ -200,9 +200,20 @@ def targeted(module: str, rule: Mapping[str, Any]) -> bool:
     return _layer(module, rule.get('layers_pattern', ())) in layers
 
 
-def is_below(module: str, owners: Iterable[str]) -> bool:
-    """Whether a module is one of some, or in one of them, as PEFT reads `modules_to_save`."""
-    return any(re.match(rf'(^|.*\.){re.escape(name)}($|\.)', module) for name in owners)
+def is_saved(module: str, owners: Iterable[str]) -> bool:
+    """Whether a module is trained in full, or is in one that is, as PEFT reads `modules_to_save`.
+
+    The end of a name is enough, within a word too; `targeted` wants whole words.
+
+    Example:
+      >>> is_saved('layers.0.input_layernorm', ['norm']), is_saved('layers.0.norms', ['norm'])
+      (True, False)
+    """
+    return any(re.match(rf'.*{re.escape(name)}($|\.)', module) for name in owners)
+
+
+def _is_below(module: str, name: str) -> bool:
+    return re.match(rf'(^|.*\.){re.escape(name)}($|\.)', module) is not None
 
 
 def _found(module: str, target: tuple[str, ...] | str) -> bool:

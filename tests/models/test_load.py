@@ -227,6 +227,17 @@ def test_an_unreachable_hub_is_named(monkeypatch):
         load_encoder('owner/model')
 
 
+def test_a_template_of_its_own_file_is_downloaded_and_no_weights_twice(bert, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    bert.write(tmp_path)
+    asked = {}
+    download = lambda name, **how: asked.update(how) or str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    load_encoder('owner/model')
+    assert '*.jinja' in asked['allow_patterns'] and 'original/*' in asked['ignore_patterns']
+
+
 @pytest.mark.parametrize(
     ('change', 'match'),
     [
