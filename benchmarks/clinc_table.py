@@ -90,12 +90,14 @@ def joined(folders: dict[str, Found]) -> Joined:
     (first, one), *others = folders.items()
     for name, other in others:
         _same(first, name, one.versions, other.versions, 'made with')
+        _same(first, name, *({'examples': each.examples} for each in (one, other)), 'made of')
         _same(first, name, common(one.options), common(other.options), 'run with')
     shapes: dict[str, dict[str, Any]] = {}
     records, tasks, made_by = [], {}, {}
     for name, found in folders.items():
         own = {option: found.options[option] for option in BY_SHAPE}
         for record in found.records:
+            _same(first, name, one.versions, record.get('versions', one.versions), 'made with')
             key, shape = _record.key(record), f'{record["ways"]}-way {record["shots"]}-shot'
             if key in made_by:
                 raise ValueError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from peftjax._leaf import LeafMethod
-from peftjax._method import Method
+from peftjax._method import Method, float32
 from peftjax._peft import Peft
 from peftjax._types import Array, Phi
 from peftjax.methods.ia3 import Ia3
@@ -37,7 +37,7 @@ def checked(adapters: Adapters, weights: Sequence[float]) -> tuple[list[Adapter]
     if isinstance(adapters, tuple) and adapters and isinstance(adapters[0], Peft):
         raise TypeError('adapters must be a list of them: received one. Give [adapter]')
     pairs = [_pair(number, adapter) for number, adapter in enumerate(adapters)]
-    each = jnp.asarray(weights, jnp.float32)
+    each = float32(jnp.asarray(weights, float))
     if not pairs or each.shape != (len(pairs),):
         given = f'{len(each)} weights' if each.ndim == 1 else f'weights of shape {each.shape}'
         raise ValueError(f'each adapter needs a weight; got {len(pairs)} adapters and {given}')

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from peftjax import _paths
 from peftjax._chain import replaced
 from peftjax._joins import Join, Pair
-from peftjax._method import Method, float32, site_key
+from peftjax._method import Method, site_key
 from peftjax._mixing import Mixing
+from peftjax._one_pass import wide
 from peftjax._peft import nested
 from peftjax._quantized import Arrays
 from peftjax._shapes import shapes_of
@@ -43,11 +44,12 @@ def combine(
     for index, ((keys, part), chosen) in enumerate(zip(peft.method.parts, peft.sites, strict=True)):
         mine = [(parts[index][0], parts[index][2]) for parts in each]
         own = None if key is None else jax.random.fold_in(key, index)
-        if isinstance(part, Lora):
-            phi = _pairs(chosen, mine, weighted, join, own)
-            part = part.of_ranks({path: own['a'].shape[-1] for path, own in phi.items()})
-        else:
-            phi = _changes(part, chosen, mine, weighted, mixing, own, leaves)
+        with jax.default_matmul_precision('highest'):  # it stays: what is rounded here is for good
+            if isinstance(part, Lora):
+                phi = _pairs(chosen, mine, weighted, join, own)
+                part = part.of_ranks({path: own['a'].shape[-1] for path, own in phi.items()})
+            else:
+                phi = _changes(part, chosen, mine, weighted, mixing, own, leaves)
         methods[keys] = part
         phis.append((keys, phi))
     phi = nested(phis)
@@ -66,14 +68,14 @@ def _pairs(
     found = {}
     for site in chosen:
         layers, outer = math.prod(site.sizes(site.stack)), site.sizes(site.stack)
-        pairs = []
+        pairs, dtype = [], _wide([x for _, phi in mine for x in phi[site.path].values()])
         for part, phi in mine:
-            a, b = (phi[site.path][name] for name in 'ab')
-            a = float32(a).reshape(layers, -1, a.shape[-1])
-            b = float32(b).reshape(layers, a.shape[-1], -1)
+            a, b = (phi[site.path][name].astype(dtype) for name in 'ab')
+            a = a.reshape(layers, -1, a.shape[-1])
+            b = b.reshape(layers, a.shape[-1], -1)
             pairs.append(Pair(a, b, part.scale_at(site)))
         own = None if key is None else site_key(key, site.path)
-        a, b = join(site.path, pairs, weights, own)
+        a, b = join(site.path, pairs, weights.astype(dtype), own)
         a = a.reshape(*outer, *site.sizes(site.inputs), -1)
         b = b.reshape(*outer, a.shape[-1], *site.sizes(site.outputs))
         dtype = _widest(phi[site.path]['a'].dtype for _, phi in mine)
@@ -97,13 +99,20 @@ def _changes(
         own = None if key is None else site_key(key, site.path)
         found[site.path] = {}
         for name, start in origin[site.path].items():
-            start = float32(start)
+            arrays = [phi[site.path][name] for _, phi in mine]
+            dtype = _wide([start, *arrays])
+            start = start.astype(dtype)
             layers = _Layers.of(start, part.axes(site)[name], site)
-            changes = [layers.apart(float32(phi[site.path][name]) - start) for _, phi in mine]
-            whole = start + layers.together(mixing(changes, weights, own))
-            dtype = _widest(phi[site.path][name].dtype for _, phi in mine)
+            changes = [layers.apart(array.astype(dtype) - start) for array in arrays]
+            whole = start + layers.together(mixing(changes, weights.astype(dtype), own))
+            dtype = _widest(array.dtype for array in arrays)
             found[site.path][name] = whole.astype(dtype)
     return found
+
+
+def _wide(arrays: Iterable[Array]) -> Any:
+    """The dtype to compute with: float32, or the widest of all."""
+    return _widest(wide(array.dtype) for array in arrays)
 
 
 def _widest(dtypes: Iterable[Any]) -> Any:

@@ -102,6 +102,10 @@ class MixedForward:
     keywords: tuple[tuple[str, Axes], ...] = ()
     begins: bool = True
 
+    def __hash__(self) -> int:
+        """Of what always has one: trees of axes may be dicts and lists."""
+        return hash((self.peft, self.fn, self.begins))
+
     @property
     def continued(self) -> 'MixedForward':
         """The same for tokens that follow others: virtual tokens were read before them."""

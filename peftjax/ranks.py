@@ -10,6 +10,7 @@ from peftjax import _paths
 from peftjax._chain import replaced
 from peftjax._lowrank import LowRankMethod
 from peftjax._method import Method
+from peftjax._one_pass import wide
 from peftjax._peft import Peft
 from peftjax._types import Array, Path, Phi
 from peftjax.many import size, stack, unstack
@@ -79,9 +80,16 @@ class Padded:
 
     @property
     def scales(self) -> dict[Path, Array]:
-        """The scale of each low-rank product, by its place in phi: float32 `(members,)`."""
+        """The scale of each low-rank product, by its place in phi: `(members,)`.
+
+        In float32, or the dtype of `b` where that is wider.
+        """
         each = [dict(_scales(member)) for member in self.members]
-        return {place: jnp.array([own[place] for own in each], jnp.float32) for place in each[0]}
+        dtypes = {path: wide(dtype) for path, _, dtype in self.peft.phi}
+        return {
+            place: jnp.array([own[place] for own in each], dtypes[f'{place}/b'])
+            for place in each[0]
+        }
 
     def pad(self, phis: Sequence[Phi]) -> Phi:
         """The stack of one phi for each member, all of them padded by zeros.

@@ -238,6 +238,48 @@ def test_the_dtype_of_a_sum_does_not_depend_on_the_order():
         assert {leaf.dtype for leaf in jax.tree.leaves(phi)} == {jnp.dtype('float32')}
 
 
+def wide_pair(dtype, seed):
+    """An adapter whose scale and factors float32 would round."""
+    fn = lambda params, x: x @ params['w']
+    params, x = {'w': normal(0, 8, 7)}, normal(1, 2, 8)
+    peft = pj.attach(pj.Lora(rank=3, alpha=1, target='w', dtype=dtype), fn, params, x)
+    draw = np.random.default_rng(seed).normal
+    return peft, {'w': {name: jnp.asarray(draw(size=shape), dtype)
+                        for name, shape in (('a', (8, 3)), ('b', (3, 7)))}}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', ['cat', 'linear'])
+def test_sums_in_float64_are_exact(kind):
+    with jax.enable_x64(True):
+        peft, phi = wide_pair('float64', 2)
+        _, own = BY_KIND[kind]([(peft, phi)], [0.3])
+        found, wanted = (np.asarray(one['w']['a']) @ one['w']['b'] for one in (own, phi))
+        assert found.dtype == np.float64
+        wanted = 0.3 / 3 * wanted
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-15 * np.abs(wanted).max())
+
+
+def test_a_sum_of_changes_in_float64_is_exact():
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0).normal
+        params, new = ({'w': jnp.asarray(draw(size=(4, 4)))} for _ in 'ab')
+        peft = pj.attach(pj.Trainable(target='w'), lambda p, x: x @ p['w'], params, params['w'])
+        _, own = arithmetic.cat([(peft, {'w': {'value': new['w']}})], [0.3], params=params)
+        wanted = params['w'] + 0.3 * (new['w'] - params['w'])
+        np.testing.assert_allclose(own['w']['value'], wanted, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_sum_is_of_the_widest_dtype(order):
+    with jax.enable_x64(True):
+        both = [wide_pair('float32', 2), wide_pair('float64', 3)][::order]
+        _, own = arithmetic.cat(both, [1.0, 1.0])
+        assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {jnp.dtype('float64')}
+        product = lambda phi: np.asarray(phi['w']['a'], float) @ np.asarray(phi['w']['b'], float)
+        wanted = sum(product(phi) for _, phi in both) / 3
+        np.testing.assert_allclose(product(own), wanted, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize('name', EVERY)
 def test_a_sum_is_saved_and_loaded(name, tmp_path):
     case, both = adapters(name)

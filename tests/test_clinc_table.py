@@ -20,7 +20,7 @@ FILES = {name: f'here/{name}.jsonl' for name in ('train', 'valid', 'test')}
 OPTIONS = {**dict.fromkeys(clinc_table.BY_SHAPE), **FILES, 'seed': 0, 'episodes': 2}
 
 
-def folder(*keys, versions='1', **options):
+def folder(*keys, versions='1', examples='a', **options):
     """What a run of these methods and shapes left."""
     rng = np.random.default_rng(0)
     records = [
@@ -28,7 +28,13 @@ def folder(*keys, versions='1', **options):
         for method, ways, shots in keys
     ]
     tasks = {key: rng.uniform(0, 100, (2, 2)) for key in keys}
-    return Found(OPTIONS | options, {'jax': versions}, records, tasks)
+    return Found(OPTIONS | options, {'jax': versions}, examples, records, tasks)
+
+
+def resumed(*keys):
+    """The same, gone on with under another version."""
+    found = folder(*keys)
+    return found._replace(records=[row | {'versions': {'jax': '2'}} for row in found.records])
 
 
 def beside(found):
@@ -62,6 +68,8 @@ def test_methods_and_shapes_of_several_folders_come_together():
         (folder(MORE, seed=1), 'a was run with seed 0, b with 1'),
         (folder(MAML, episodes=9), 'a was run on 5-way 1-shot tasks with episodes 2, b with 9'),
         (folder(MAML, versions='2'), "a was made with jax '1', b with '2'"),
+        (folder(MAML, examples='b'), "a was made of examples 'a', b with 'b'"),
+        (resumed(MAML), "a was made with jax '1', b with '2'"),
         (folder(MAML, LORA), 'a and b both have lora on 5-way 1-shot tasks'),
     ],
 )

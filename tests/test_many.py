@@ -162,6 +162,15 @@ def test_ranks_are_trained_at_once(pefts):
     assert jax.tree.all(jax.tree.map(same, again, together.phi)), 'what is padded stays zero'
 
 
+def test_scales_are_as_wide_as_phi():
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (PARAMS, X[0]))
+        of = lambda rank: pj.Lora(rank=rank, alpha=1, target='up/k', dtype='float64')
+        padded = pj.pad_ranks([pj.attach(of(rank), model, params, x) for rank in (3, 1)])
+        scales = padded.scales['up/kernel']
+        assert scales.dtype == jnp.float64 and scales.tolist() == [1 / 3, 1]
+
+
 def test_theta_is_held_once():
     """Every K gets the same theta, and the compiled program takes it once."""
 

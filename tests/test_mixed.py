@@ -335,3 +335,18 @@ def test_a_mixed_forward_is_a_value():
     fn = MODELS['plain'].fn
     assert pj.mixed(peft, fn) == pj.mixed(peft, fn)
     assert hash(pj.mixed(peft, fn)) == hash(dataclasses.replace(pj.mixed(peft, fn)))
+
+
+@pytest.mark.parametrize(
+    'axes',
+    [{'in_axes': ({'a': 0},)}, {'out_axes': {'y': 0}}, {'keywords': {'more': {'b': 0}}}],
+    ids=lambda axes: next(iter(axes)),
+)
+def test_a_mixed_forward_with_trees_of_axes_is_compiled(axes):
+    params, x = {'w': normal(0, 3, 3)}, {'a': normal(1, 4, 3)}
+    model = lambda params, x, more: {'y': x['a'] @ params['w'] + more['b']}
+    peft = pj.attach(pj.Ia3(target='w'), model, params, x, more={'b': x['a']})
+    phis = pj.stack([away(peft.init(jax.random.key(0), params), i) for i in range(3)])
+    mixed, rows = pj.mixed(peft, model, **axes), pj.Rows(phis, INDEX)
+    out, wanted = (f(params, rows, x, more={'b': x['a']}) for f in (jax.jit(mixed), mixed))
+    close(out['y'], wanted['y'], 1e-6)

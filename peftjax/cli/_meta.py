@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     learned_on = _learn.shape(options, [examples[name].labels for name in ('train', 'valid')])
     _check(options, examples, todo, learned_on)
     ground = _ground.load(options, examples)
-    results.begin()
+    results.begin(_ground.digest(examples))
     say(_about(ground, options, len(todo), len(results.records)))
     with progress(len(todo)) as bar:
         cells = Cells(ground, options, results.adapters, learned_on)
@@ -50,14 +50,15 @@ def _check(
     learned_on: Shape,
 ) -> None:
     """Refuses tasks that the files have too few labels or texts for, before any work."""
-    for name, own in examples.items():
-        part = _ground.Part(name, own.labels, 0)
-        for way, shape in todo:
-            if name != 'train':
-                part.drawn(shape, queries=options.queries, tasks=1, seed=0)
-            if name != 'test' and way.learner is not None:
-                count = options.queries if name == 'valid' else options.meta_queries
-                part.drawn(learned_on, queries=count, tasks=1, seed=0)
+    parts = {name: _ground.Part(name, own.labels, 0) for name, own in examples.items()}
+    for way, shape in todo:
+        for name in ('valid', 'test'):
+            parts[name].drawn(shape, queries=options.queries, tasks=1, seed=0)
+        if way.learner is not None:
+            _learn.check(way, learned_on, options)
+            task, queries = _learn.drawn(way, learned_on, options.meta_queries)
+            parts['train'].drawn(task, queries=queries, tasks=1, seed=0)
+            parts['valid'].drawn(learned_on, queries=options.queries, tasks=1, seed=0)
 
 
 def _about(ground: Ground, options: argparse.Namespace, todo: int, done: int) -> str:

@@ -107,7 +107,7 @@ def _carrying(
                 f'{found}. Adapt by the learner that it was trained with'
             )
         pairs = zip(leaves, shapes, strict=True)
-        state = whole.unflatten([leaf.astype(shape.dtype) for leaf, shape in pairs])
+        state = whole.unflatten([_as(leaf, shape.dtype) for leaf, shape in pairs])
         phi, state = go(params, phi, state, support, key)
         return {'phi': phi, 'inner': _floating(state)}
 
@@ -136,6 +136,12 @@ def _floating(state: Any) -> list[Array]:
         )
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
     return [x if floating(x) else x.astype(jnp.float32) for x in jax.tree.leaves(state)]
+
+
+def _as(leaf: Array, dtype: Any) -> Array:
+    """A leaf of a state in its own dtype; means of a count are a rounding away from it."""
+    counts = jnp.issubdtype(dtype, jnp.integer)
+    return (jnp.round(leaf) if counts else leaf).astype(dtype)
 
 
 def _less(start: Phi, end: Phi) -> Phi:

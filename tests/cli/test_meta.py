@@ -13,6 +13,7 @@ from conftest import PATTERNS, THINGS
 
 import peftjax as pj
 from peftjax import data, models
+from peftjax.cli import _report
 from peftjax.cli.meta import _frozen, _ground, _record
 from peftjax.cli.meta._results import read
 
@@ -145,6 +146,28 @@ def test_a_run_goes_on_with_what_is_missing(ran, files, peftjax, tmp_path):
     assert first == before[0] and second['accuracy'] == results(ran)[1]['accuracy']
 
 
+def test_a_run_goes_on_with_its_own_texts_alone(files, peftjax, tmp_path):
+    test, out = pathlib.Path(shutil.copy(files[-1], tmp_path)), tmp_path / 'out'
+    some = ('meta', *files[:-1], test, *FEW, '--out', out, '--methods')
+    assert peftjax(*some, 'nearest').code == 0
+    before = results(out)
+    test.write_text(test.read_text().replace('where is the', 'such a good', 1))
+    refused = peftjax(*some, 'nearest,logistic', '--resume')
+    assert refused.code == 2 and '--train, --valid or --test hold others now' in refused.err
+    assert f'than {out / "results.json"} was made of' in refused.err and results(out) == before
+
+
+def test_a_result_of_other_versions_than_the_first_says_so(files, peftjax, tmp_path, monkeypatch):
+    some = ('meta', *files, *FEW, '--out', tmp_path, '--methods')
+    assert peftjax(*some, 'nearest').code == 0
+    first = _report.versions()
+    monkeypatch.setattr(_report, 'versions', lambda: first | {'jax': 'another'})
+    assert peftjax(*some, 'nearest,logistic', '--resume').code == 0
+    nearest, logistic = results(tmp_path)
+    assert json.loads((tmp_path / 'results.json').read_text())['versions'] == first
+    assert 'versions' not in nearest and logistic['versions'] == first | {'jax': 'another'}
+
+
 def test_every_kind_of_method_runs(files, peftjax, tmp_path):
     some = 'full', 'prefix', 'reptile', 'prototypical', 'reptile-logistic'
     assert peftjax('meta', *files, *FEW, '--methods', ','.join(some), '--out', tmp_path).code == 0
@@ -202,13 +225,19 @@ WRONG = {
     '--beside lorra': "unknown method 'lorra'. Methods: nearest, logistic",
     '--ways 3': '--valid: a task of ways=3 needs as many classes: there are 2',
     '--shots 9': '--valid: every class needs at least shots + queries = 11 examples',
-    '--meta-shots 9': '--valid: every class needs at least shots + queries = 11 examples',
+    '--meta-shots 9': '--train: every class needs at least shots + queries = 13 examples',
+    '--methods maml --meta-shots 6 --meta-queries 1':
+        '--valid: every class needs at least shots + queries = 8 examples',
     '--ways 2,2': "must be different numbers; got '2,2'",
     '--steps -1': "must be a whole number from 0 up; got '-1'",
     '--steps 1,x': "must be a whole number from 0 up; got 'x'",
     '--steps 0': '--steps must have one above 0; got [0]',
     '--sharpness 0': "must be a number above 0; got '0'",
     '--episodes 0': "must be a whole number from 1 up; got '0'",
+    '--methods reptile --meta-shots 2 --meta-queries 5':
+        '--train: every class needs at least shots + queries = 8 examples',
+    '--methods reptile --inner-steps 1': '--inner-steps must be 2 or more for reptile, got 1',
+    '--methods maml --meta-ways 1': '--meta-ways must be 2 or more, and so must be the labels',
 }  # fmt: skip
 
 

@@ -185,6 +185,15 @@ def test_methods_stand_beside_others_where_both_were_judged():
     assert '+4.0 ± 0.0' in _paired.text(beside) and 'above nearest' in _paired.text(beside)
 
 
+def test_what_makes_no_steps_stands_beside_what_was_judged_once():
+    row = lambda name, step: {'method': name, 'ways': 5, 'shots': 1, 'steps': [step]}
+    tasks = {('lora', 5, 1): np.array([[70.0], [72]]), ('nearest', 5, 1): np.array([[60.0], [62]])}
+    beside = _paired.beside(['lora', 'nearest'], [row('nearest', 0), row('lora', 5)], tasks)
+    [nearest], [lora] = beside.values()
+    assert (nearest['steps'], nearest['difference']) == ([5], [-10])
+    assert (lora['steps'], lora['difference']) == ([5], [10])
+
+
 def test_a_picture_shows_single_tasks_and_what_makes_no_steps(tmp_path):
     row = {'ways': 5, 'shots': 1, 'meta': None}
     steps = {'steps': [0, 2], 'accuracy': [60.0, 70.0], 'interval': [None, None]}

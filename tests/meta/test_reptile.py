@@ -89,6 +89,20 @@ def test_the_state_of_the_inner_optimizer_is_handed_on(target):
         small.assert_close(dict(adapted), dict(ended), 1e-12)
 
 
+def test_counts_of_the_inner_optimizer_stay_whole():
+    """A float32 mean over 41 tasks is a rounding away from what all of them have."""
+    loss = lambda params, phi, batch, key: ((phi['a'] - batch) ** 2).sum()
+    learner = pj.meta.reptile(loss, optax.adam(0.1), steps=STEPS, carry=True)
+    outer, rows = optax.sgd(1.0), small.drawn(0, 41, 2).astype(jnp.float32)
+    step = pj.train_step(learner.loss, outer)
+    with jax.numpy_dtype_promotion('standard'):  # of optax
+        state = pj.start(outer, learner.init({'a': jnp.ones(2)}), KEY)
+        for taken in range(1, 5):
+            state, _ = step({}, state, (rows, rows))
+            count = float(state.phi['inner'][0])
+            assert count == pytest.approx(taken * STEPS, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     'learner',
     [

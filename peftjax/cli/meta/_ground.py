@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +105,15 @@ def read(options: argparse.Namespace) -> dict[str, data.Examples]:
                 'known labels is not new; leave each in one of the files'
             )
     return found
+
+
+def digest(examples: Mapping[str, data.Examples]) -> str:
+    """Of the texts and labels of all files, in order."""
+    found = hashlib.sha256()
+    for name, own in examples.items():
+        said = [name, own.texts, own.labels.tolist(), own.names]
+        found.update(json.dumps(said).encode())
+    return found.hexdigest()
 
 
 def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Ground:

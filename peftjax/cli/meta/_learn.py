@@ -202,17 +202,40 @@ def loss(meta: Meta, rates: Rates) -> Any:
 
 
 def episodes(meta: Meta) -> data.Episodes:
-    """Tasks to train on. Reptile looks at supports alone: its supports have the queries too."""
-    options, shots, queries = meta.options, meta.shape.shots, meta.options.meta_queries
-    if meta.way.learner == 'reptile':
-        shots, queries = shots + queries, 1
-    return meta.ground.parts['train'].episodes(
-        ways=meta.shape.ways,
-        shots=shots,
-        queries=queries,
-        tasks=options.meta_tasks,
-        seed=options.seed,
+    """Tasks to train on."""
+    task, queries = drawn(meta.way, meta.shape, meta.options.meta_queries)
+    options, part = meta.options, meta.ground.parts['train']
+    return part.episodes(
+        **task._asdict(), queries=queries, tasks=options.meta_tasks, seed=options.seed
     )
+
+
+def drawn(way: Way, shape: Shape, queries: int) -> tuple[Shape, int]:
+    """A task to train on, and the queries of each of its labels.
+
+    Reptile looks at supports alone: its supports have the queries too, and one more is none.
+    """
+    if way.learner != 'reptile':
+        return shape, queries
+    return shape._replace(shots=shape.shots + queries), 1
+
+
+def check(way: Way, shape: Shape, options: argparse.Namespace) -> None:
+    """Refuses tasks that a learner cannot learn from.
+
+    Raises:
+      ValueError: they are of one label, or Reptile makes one step on each.
+    """
+    if shape.ways < 2:
+        raise ValueError(
+            '--meta-ways must be 2 or more, and so must be the labels in --train and --valid: '
+            f'nothing is learned from tasks of {shape.ways} label'
+        )
+    if way.learner == 'reptile' and options.inner_steps < 2:
+        raise ValueError(
+            '--inner-steps must be 2 or more for reptile, got 1: after one step, its gradient is '
+            'that of training on all tasks together. Raise it, or leave reptile out of --methods'
+        )
 
 
 def _first(tasks: data.Episodes) -> data.Episode:

@@ -71,8 +71,10 @@ def _beside(name: str, records: Sequence[dict[str, Any]], tasks: Tasks) -> list[
 
 def _common(mine: list[int], theirs: list[int]) -> list[int]:
     """The steps that two methods are compared after; `[0]` is one that makes none."""
-    if [0] in (mine, theirs):
-        return max(mine, theirs, key=len)
+    if mine == [0]:
+        return theirs
+    if theirs == [0]:
+        return mine
     return [step for step in mine if step in theirs]
 
 

@@ -28,13 +28,15 @@ class Found(NamedTuple):
 
     Attributes:
       options: of its run, without those that may be others when it goes on.
-      versions: that it was made with.
+      versions: that it was begun with; a record that was made with others says so.
+      examples: digest of the texts and labels of its files.
       records: one for each method and shape.
       tasks: accuracies `(tasks, steps)` of each record, by its key.
     """
 
     options: dict[str, Any]
     versions: dict[str, str]
+    examples: str
     records: list[dict[str, Any]]
     tasks: dict[tuple[str, int, int], np.ndarray]
 
@@ -57,7 +59,7 @@ def read(folder: pathlib.Path) -> Found:
         own = {_record.key(row): np.array(row['accuracy'], np.float32) for row in rows}
         # those of a record that was not written any more are left out
         tasks = {_record.key(record): own[_record.key(record)] for record in records}
-        return Found(found['options'], found['versions'], records, tasks)
+        return Found(found['options'], found['versions'], found['examples'], records, tasks)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{place} must be what peftjax meta left: {error!r}. Choose another --out, or '
@@ -88,6 +90,8 @@ class Results:
       out: the folder.
       records: so far.
       tasks: accuracies `(tasks, steps)` of each record, by its key.
+      versions: that the first of them was made with.
+      examples: digest of the texts and labels; empty until it begins.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -98,19 +102,35 @@ class Results:
           ValueError: what is there to go on with is of other options, or damaged.
         """
         self._options, self.records, self.tasks = options, [], {}
+        self.versions, self.examples = _report.versions(), ''
         self.out = pathlib.Path(options.out)
         self._begun = bool(options.resume) and (self.out / FILE).is_file()
         _output.check_free(self.out, options.overwrite or self._begun)
         if self._begun:
-            self.records, self.tasks = self._earlier()
+            found = self._earlier()
+            self.records, self.tasks, self.examples = found.records, found.tasks, found.examples
+            self.versions = found.versions if found.records else self.versions
 
     @property
     def adapters(self) -> pathlib.Path:
         """Where what is learned lies."""
         return self.out / _output.ADAPTERS
 
-    def begin(self) -> None:
-        """Makes the folder, without results of an earlier run that is not gone on with."""
+    def begin(self, examples: str | None = None) -> None:
+        """Makes the folder, without results of an earlier run that is not gone on with.
+
+        Args:
+          examples: digest of texts and labels; None where there is nothing to do with them.
+
+        Raises:
+          ValueError: what is there to go on with was made of others.
+        """
+        if self._begun and examples not in (None, self.examples):
+            raise ValueError(
+                f'a run must go on with its own texts: --train, --valid or --test hold others now '
+                f'than {self.out / FILE} was made of. Bring those back, or choose another --out'
+            )
+        self.examples = examples or self.examples
         if not self._begun:
             for name in (FILE, TASKS, TABLE, PICTURE, _config.FILE):
                 (self.out / name).unlink(missing_ok=True)
@@ -128,7 +148,8 @@ class Results:
 
     def add(self, record: dict[str, Any], accuracies: np.ndarray) -> None:
         """One more with its accuracies `(tasks, steps)`, which are on disk after it."""
-        self.records.append(record)
+        now = _report.versions()
+        self.records.append(record if now == self.versions else record | {'versions': now})
         self.tasks[_record.key(record)] = accuracies
         self._write()
 
@@ -144,8 +165,14 @@ class Results:
 
     def _write(self) -> None:
         _whole.write(self.out / TASKS, lines(self.tasks))  # before the records that need them
-        said = {'options': self._said(), 'versions': _report.versions(), 'results': self.records}
-        _report.write_json(self.out / FILE, said | {'beside': self._beside()})
+        said = {
+            'options': self._said(),
+            'versions': self.versions,
+            'examples': self.examples,
+            'results': self.records,
+            'beside': self._beside(),
+        }
+        _report.write_json(self.out / FILE, said)
         if self.records:
             _whole.write(self.out / TABLE, self.text() + '\n')
 
@@ -156,7 +183,7 @@ class Results:
     def _said(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._options).items() if name not in FREE}
 
-    def _earlier(self) -> tuple[list[dict[str, Any]], dict[tuple[str, int, int], np.ndarray]]:
+    def _earlier(self) -> Found:
         path, found = self.out / FILE, read(self.out)
         for name, value in self._said().items():
             if found.options.get(name) != value:
@@ -165,4 +192,4 @@ class Results:
                     f'a run must go on with its own options: --{said} was {was!r} '
                     f'in {path} and is {value!r} now. Say it as it was, or choose another --out'
                 )
-        return found.records, found.tasks
+        return found
