@@ -1,6 +1,7 @@
 """`attach`: a method and a model become a `Peft`, three pure functions with one static plan."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ def attach(
         chosen.append(tuple(dataclasses.replace(s, offset=later) for s in part.select(found)))
     _check_order(parts, chosen)
     passed = tuple(_passed(part, base, mine) for part, mine in zip(parts, chosen, strict=True))
-    peft = Peft(method, tuple(chosen), shapes_of(params), passed=passed)
+    names = Counter(s.path[1:].partition('/')[0] for s in base if s.kind == 'named')
+    peft = Peft(method, tuple(chosen), shapes_of(params), passed=passed, names=(*names.items(),))
     phi = jax.eval_shape(lambda p: peft._fresh(jax.random.key(0), p), params)
     peft = dataclasses.replace(peft, phi=shapes_of(phi))
     notes = _dry_run(peft, apply_fn, params, phi, args, kwargs)
@@ -128,15 +130,17 @@ def _check_order(parts: Sequence[Method], chosen: Sequence[tuple[Site, ...]]) ->
     order = ('leaf', 'weight', 'output')
     last: dict[Path, Method] = {}
     for part, mine in zip(parts, chosen, strict=True):
-        for site in mine:
-            before = last.get(site.path)
+        # what is merged into a layer's output is merged into its bias too
+        both = part.seam == 'output' and part.mergeable
+        for path in {p: None for s in mine for p in (s.path, *(s.bias if both else ()))}:
+            before = last.get(path)
             clash = before is not None and (
                 order.index(part.seam) < order.index(before.seam) or part.seam == 'leaf'
             )
             if clash:
                 raise ValueError(
-                    f'on one weight a chain goes from leaf to weight to output; on {site.path!r} '
+                    f'on one weight a chain goes from leaf to weight to output; on {path!r} '
                     f'{type(before).__name__} comes before {type(part).__name__}. '
                     'Swap them, or give them different targets'
                 )
-            last[site.path] = part
+            last[path] = part

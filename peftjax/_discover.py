@@ -10,7 +10,7 @@ from peftjax import _paths, _virtual
 from peftjax._call import Call, is_array, split
 from peftjax._interpret import Run, evaluate
 from peftjax._quantized import dequantize, is_quantized
-from peftjax._record import Recorder, distinct
+from peftjax._record import Recorder, distinct, outputs
 from peftjax._sites import Sites
 from peftjax._standin import bare
 from peftjax._types import ApplyFn, Array, PyTree
@@ -43,6 +43,14 @@ def sites(apply_fn: ApplyFn, params: PyTree, /, *args: Any, **kwargs: Any) -> Si
       up/bias    bias    4                             efficient
       up/kernel  linear  3×4    in[0] out[1]  up/bias  efficient
     """
+    recorder = _recorded(apply_fn, params, args, kwargs)
+    found = distinct(recorder)
+    used = {site.path for site in found}
+    return Sites(found, tuple(path for path in recorder.leaves if path not in used))
+
+
+def _recorded(apply_fn: ApplyFn, params: PyTree, args: Any, kwargs: Any) -> Recorder:
+    """All uses of all leaves."""
 
     def record(params: PyTree, arrays: Sequence[Array]) -> None:
         call = Call(apply_fn, dequantize(params), *fill(arrays))
@@ -55,9 +63,7 @@ def sites(apply_fn: ApplyFn, params: PyTree, /, *args: Any, **kwargs: Any) -> Si
     )
     arrays, fill = split((args, kwargs))
     jax.eval_shape(record, params, arrays)
-    found = distinct(recorder)
-    used = {site.path for site in found}
-    return Sites(found, tuple(path for path in leaves if path not in used))
+    return recorder
 
 
 def grown(
@@ -73,9 +79,9 @@ def grown(
         return longer
 
     longer = jax.eval_shape(stretch, arrays)
-    args, kwargs = refill[-1](longer)
+    short, args, kwargs = (args, kwargs), *refill[-1](longer)
     try:
-        wide = sites(apply_fn, params, *args, **kwargs)
+        recorder = _recorded(apply_fn, params, args, kwargs)
     except Exception as error:
         shapes = {
             path: leaf.shape
@@ -87,11 +93,23 @@ def grown(
             f'sized by the tokens was not lengthened with them (fill=…), or a size is fixed inside '
             f'the function. Shapes now: {shapes}. It says: {str(error).partition(chr(10))[0]:.300}'
         ) from error
-    found = []
-    for before, after in zip(base, wide, strict=True):
+    found, uses = [], outputs(recorder)
+    if any(len(shapes) > 1 for shapes in uses.values()):
+        earlier = outputs(_recorded(apply_fn, params, *short))
+    else:
+        earlier = {}
+    for before, after in zip(base, distinct(recorder), strict=True):
         axes = _virtual.grown(before.output, after.output, room.length)
-        found.append(dataclasses.replace(after, tokens=axes[0] if len(axes) == 1 else None))
-    return Sites(tuple(found), wide.unused)
+        where = axes[0] if len(axes) == 1 else None
+        for shape in uses[after.use]:
+            if not any(
+                _virtual.grown(old, shape, room.length)
+                for old in earlier.get(after.use, [before.output])
+            ):
+                # a use that has no virtual tokens would have its own rows overwritten
+                where, after = None, dataclasses.replace(after, output=shape)
+        found.append(dataclasses.replace(after, tokens=where))
+    return Sites(tuple(found), base.unused)
 
 
 def _checked(params: PyTree) -> PyTree:

@@ -99,9 +99,27 @@ def back_and_forth(
             inverse = sorted(range(len(order)), key=lambda d: order[d])
             return lambda y: y.transpose(inverse), lambda y: y.transpose(order)
         case 'reshape' if params['dimensions'] is None:
-            new = params['new_sizes']
-            return lambda y: y.reshape(shape), lambda y: y.reshape(new)
+            return _reshaped(shape, params['new_sizes'])
+        case 'squeeze':
+            gone = params['dimensions']
+            return _reshaped(shape, [n for d, n in enumerate(shape) if d not in gone])
+        case 'broadcast_in_dim' if _inserts_ones(params, shape):
+            return _reshaped(shape, params['shape'])
     return None
+
+
+def _reshaped(
+    old: Sequence[int], new: Sequence[int]
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    return lambda y: y.reshape(tuple(old)), lambda y: y.reshape(tuple(new))
+
+
+def _inserts_ones(params: Any, shape: Sequence[int]) -> bool:
+    """Whether a broadcast repeats nothing."""
+    kept = params['broadcast_dimensions']
+    others = [n for d, n in enumerate(params['shape']) if d not in kept]
+    same = [params['shape'][d] for d in kept] == list(shape)
+    return same and list(kept) == sorted(kept) and set(others) <= {1}
 
 
 def multiplier(name: str, values: Sequence[Any], position: int) -> float | None:

@@ -4,6 +4,7 @@ Equations that no stand-in enters are run as they are, many at a time.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,21 @@ SPECIAL = (StandIn, Pending)
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of the function that a method was attached to; others may use its leaves too.
+
+    Attributes:
+      counts: how often each name occurred in it.
+      biases: for each leaf whose output is adapted, the leaves that are its layer's bias.
+      alone: those of them that were used in one way, and the kind of it.
+    """
+
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    biases: Mapping[Path, Sequence[Path]] = dataclasses.field(default_factory=dict)
+    alone: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What one evaluation carries along.
 
@@ -32,6 +48,7 @@ class Run:
       recorder: notes sites, while they are discovered.
       places: paths of all named values, in the order of the trace.
       stack: lengths of the scans around.
+      plan: what is known of the function that the method was attached to.
       early: for each leaf that had to become an array before its use, why; filled while running.
     """
 
@@ -40,6 +57,7 @@ class Run:
     recorder: Recorder | None = None
     places: tuple[Path, ...] = ()
     stack: tuple[int, ...] = ()
+    plan: Plan = Plan()
     early: dict[Path, dict[str, None]] = dataclasses.field(default_factory=dict)
 
 
@@ -59,17 +77,31 @@ def evaluate(
     """
     arguments = [*leaves, *inputs]
     closed = jax.make_jaxpr(fn)(*(_bottom(value) for value in arguments))
-    run = dataclasses.replace(run, places=_numbered(_jaxprs.names(closed.jaxpr)))
+    places = _numbered(_jaxprs.names(closed.jaxpr), run)
+    run = dataclasses.replace(run, places=places)
     frame = Frame(closed.jaxpr, closed.consts, run, 0)
     return [frame.array(out, 'is an output') for out in frame.run(arguments)]
 
 
-def _numbered(names: Sequence[str]) -> tuple[Path, ...]:
-    """Paths of named values: `@key` where there is one of that name, else `@key/0`, `@key/1`."""
-    return tuple(
-        f'@{name}' if names.count(name) == 1 else f'@{name}/{names[:i].count(name)}'
-        for i, name in enumerate(names)
-    )
+def _numbered(names: Sequence[str], run: Run) -> tuple[Path, ...]:
+    """Paths of named values: `@key` where there is one of that name, else `@key/0`, `@key/1`.
+
+    A function that calls the model several times has its names as often, and adapts all of them.
+    """
+    adapted = {path[1:].partition('/')[0] for path in run.named}
+    paths, seen = [], Counter[str]()
+    total = Counter(names)
+    for name in names:
+        once = run.plan.counts.get(name, total[name])
+        if name in adapted and total[name] % once:
+            raise ValueError(
+                f'a function must name {name!r} as often as the one that was attached to, which '
+                f'did so {once} times, or several times as often; this one does so {total[name]} '
+                'times, and which of them is adapted cannot be told. Attach to this function'
+            )
+        paths.append(f'@{name}' if once == 1 else f'@{name}/{seen[name] % once}')
+        seen[name] += 1
+    return tuple(paths)
 
 
 def _bottom(value: Any) -> Any:
@@ -282,6 +314,8 @@ class Frame:
             if not right.rule.owned(right, left):
                 return None
             right.rule.bias(right, left)
+        elif not any(right.path in self.ctx.plan.biases[at.view.path] for at, _, _ in left.steps):
+            return None
         (value,) = _jaxprs.bind(eqn, [left.value, right.dense()])
         return [dataclasses.replace(left, value=value, bias=(*left.bias, right))]
 
@@ -328,6 +362,7 @@ class Frame:
             return use.run(x, w)
         at = At(use, w, self.near(self.here))
         if w.rule.deferred and not w.rule.fits(at):
+            self._check_known(use, w.path)
             return self._consume(use, x, w.w)  # the method acts on another use of this leaf
         if not w.rule.fits(at):
             self.serve(w, 'dense: its factors do not lie along this use')
@@ -340,6 +375,17 @@ class Frame:
         if not w.rule.deferred:
             return w.rule.post(at, x, y)
         return Pending(y, (step,), self.jaxpr.eqns[self.here].ctx)
+
+    def _check_known(self, use: Any, path: Path) -> None:
+        """Refuses the use of an adapted layer backwards, where nothing else is known of it."""
+        if self.ctx.plan.alone.get(path) == use.kind:
+            raise ValueError(
+                f'the output of the layer of {path!r} is adapted, and this function uses the leaf '
+                'in another way than the one that was attached to: as a derivative of the layer '
+                'does, which would be that of the layer without the method. Differentiate the '
+                'wrapped function, jax.grad(peft.wrap(fn), argnums=2); where it is no derivative, '
+                'attach to a function that has both uses'
+            )
 
     def near(self, here: int) -> Callable[[str], Array]:
         """Finds the named value nearest to an equation, before or after it.

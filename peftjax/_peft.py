@@ -13,7 +13,7 @@ from peftjax import _beside, _paths, _processes, _virtual
 from peftjax._call import Call, result_shapes, takes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
-from peftjax._interpret import Run, evaluate
+from peftjax._interpret import Plan, Run, evaluate
 from peftjax._method import Method, float32, typed_key
 from peftjax._pending import Companion
 from peftjax._printed import printed
@@ -51,6 +51,7 @@ class Peft:
       served: for each adapted path, how its uses are served: `efficient`, or why dense.
       passed: for each part, the paths that its target finds and it does not adapt, and their kind.
       early: the quantized leaves that are dequantized as a whole before their use, and why.
+      names: how often each name occurs in the function.
     """
 
     method: Method | Chain
@@ -60,6 +61,7 @@ class Peft:
     served: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     passed: tuple[tuple[tuple[Path, str], ...], ...] = ()
     early: tuple[tuple[Path, tuple[str, ...]], ...] = ()
+    names: tuple[tuple[str, int], ...] = ()
 
     def init(self, key: Array, params: PyTree) -> Phi:
         """Makes a fresh phi.
@@ -171,7 +173,8 @@ class Peft:
                     if path in leaves
                 }
                 wide = {path: float32(leaf) for path, leaf in wide.items()}
-                merged.update(part.merge(site, wide, mine.get(site.path, {})))
+                with jax.default_matmul_precision('highest'):  # what is rounded here is for good
+                    merged.update(part.merge(site, wide, mine.get(site.path, {})))
         self._check_wide([path for path in merged if not trainable(leaves[path].dtype)])
         cast = {path: leaf.astype(leaves[path].dtype) for path, leaf in merged.items()}
         return _paths.replace(params, cast)
@@ -243,12 +246,24 @@ class Peft:
             args, kwargs = room.extend(args, kwargs)
         call = Call(fn, params, args, kwargs)
         leaves, named = self._bound(call.leaves, phi, key, begins)
-        outs = evaluate(call.flat, leaves, call.inputs, Run(named, notes.served, early=notes.early))
+        run = Run(named, notes.served, plan=self._known, early=notes.early)
+        outs = evaluate(call.flat, leaves, call.inputs, run)
         self._check_reached(notes.served)
         result = jax.tree.unflatten(call.out, outs)
         for room, shape in zip(rooms[::-1], shapes[::-1], strict=True):
             result = _virtual.shorten(room, shape, result)
         return result
+
+    @functools.cached_property
+    def _known(self) -> Plan:
+        """What evaluating another function needs to know of the one that was attached to."""
+        parts = zip(self.method.parts, self.sites, strict=True)
+        mine = [site for (_, part), chosen in parts for site in chosen if part.seam == 'output']
+        return Plan(
+            dict(self.names),
+            {site.path: site.bias for site in mine},
+            {site.path: site.kind for site in mine if not site.shared},
+        )
 
     def _bound(
         self, leaves: Mapping[Path, Array], phi: Phi, key: Array | None, begins: bool

@@ -166,11 +166,20 @@ class Recorder(Rule):
         return (*(d for d in range(len(self.leaves[view.path].shape)) if d not in here), *here)
 
 
+def outputs(recorder: Recorder) -> dict[Any, list[tuple[int, ...]]]:
+    """The shapes of all outputs, for each way in which a leaf is used."""
+    found: dict[Any, list[tuple[int, ...]]] = {}
+    for site in recorder.sites:
+        shapes = found.setdefault(site.use, [])
+        shapes += [site.output] if site.output not in shapes else []
+    return found
+
+
 def distinct(recorder: Recorder) -> tuple[Site, ...]:
     """The sites found, one for each way in which a leaf is used; leaves in order, then names."""
     found: dict[tuple[Any, ...], Site] = {}
     for site in recorder.sites:
-        key = (site.path, site.kind, site.inputs, site.outputs)
+        key = site.use
         before = found.setdefault(key, site)
         added = {
             path: axes

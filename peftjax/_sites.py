@@ -63,6 +63,11 @@ class Site:
     scale: float | None = None
 
     @property
+    def use(self) -> tuple[Any, ...]:
+        """What tells one way in which a leaf is used from another."""
+        return self.path, self.kind, self.inputs, self.outputs
+
+    @property
     def rank(self) -> int:
         """The number of axes of the leaf."""
         return len(self.shape)

@@ -291,6 +291,8 @@ class Checkpoints:
     def earlier(self, like: TrainState, every: int) -> Restored | None:
         """The newest state of a multiple of so many steps; the run goes on where it is.
 
+        Steps after the one that the run was taken back to are of a course that it has left.
+
         Args:
           like: as of `restore`.
           every: as of `save`.
@@ -301,7 +303,8 @@ class Checkpoints:
         Raises:
           CheckpointError: a file is damaged, missing or unknown.
         """
-        found = [step for step in self.steps() if step % every == 0]
+        last = self._at
+        found = [s for s in self.steps() if s % every == 0 and (last is None or s <= last)]
         return self._read(found[-1], like)[0] if found else None
 
     def close(self) -> None:

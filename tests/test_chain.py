@@ -141,6 +141,18 @@ def test_the_order_on_one_weight(methods, match):
         attach(*methods)
 
 
+def test_a_bias_goes_with_the_output_of_its_layer():
+    """Scaled before it is replaced, it would be merged in another way than it is used."""
+    bias = pj.BitFit(target='bias')
+    with pytest.raises(ValueError, match="on 'up/bias' Ia3 comes before BitFit. Swap them"):
+        attach(IA3, bias)
+    peft = attach(bias, IA3)
+    phi = jax.tree.map(lambda leaf: leaf + 0.3, peft.init(jax.random.key(0), PARAMS))
+    out = peft.wrap(dense)(PARAMS, phi, X)
+    np.testing.assert_allclose(out, dense(peft.merge(PARAMS, phi), X), atol=1e-6)
+    attach(pj.Adapter(target='kernel', reduction=2), bias)  # reads the output, and is not merged
+
+
 def test_the_order_on_different_weights_is_free():
     case = MODELS['plain']
     chain = pj.chain(pj.Ia3(target='key/kernel'), pj.Lora(rank=2, target='up/kernel'))

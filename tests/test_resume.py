@@ -115,6 +115,13 @@ def test_every_step_goes_on_as_the_unbroken_run(ran):
             assert rest == losses[step:] and bits(state) == last
 
 
+def test_an_earlier_state_is_of_the_course_that_the_run_is_on(folder):
+    with checkpoints(folder, keep=9) as saved:
+        assert saved.earlier(fresh(), 2).step == 4
+        saved.restore(fresh(), step=3)
+        assert saved.earlier(fresh(), 2).step == 2
+
+
 def test_dtypes_keys_and_empty_arrays_come_back(tmp_path):
     state = fresh(dtype=jnp.bfloat16)
     state = state._replace(

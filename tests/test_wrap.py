@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import MODELS
+from jax.ad_checkpoint import checkpoint_name
 from prompted import IDS
 from prompted import PARAMS as PROMPTED
 from prompted import model as prompted
@@ -194,6 +195,55 @@ def test_a_forward_lives_inside_other_transformations():
     stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), phi, away(phi))
     losses = jax.vmap(loss)(stack)
     np.testing.assert_allclose(losses, [loss(phi), loss(away(phi))], rtol=1e-5)
+
+
+def named(layers):
+    """A model that names the output of each layer."""
+
+    def fn(params, x):
+        for _ in range(layers):
+            x = checkpoint_name(jnp.tanh(x @ params['kernel']), 'h')
+        return x
+
+    return fn
+
+
+@pytest.mark.parametrize('layers', [1, 3])
+def test_a_function_may_call_the_model_several_times(layers):
+    params, fn, other = {'kernel': normal(2, 6, 6)}, named(layers), normal(3, 2, 6)
+    peft = pj.attach(pj.Adapter(target='@h', reduction=2), fn, params, X)
+    phi, forward = away(peft.init(KEY, params)), peft.wrap(fn)
+    both = peft.wrap(lambda params, x, other: (fn(params, x), fn(params, other)))
+    for out, x in zip(both(params, phi, X, other), (X, other), strict=True):
+        np.testing.assert_allclose(out, forward(params, phi, x), atol=1e-6)
+        assert jnp.abs(out - fn(params, x)).max() > 0.1
+
+
+def test_names_that_cannot_be_told_apart_are_refused():
+    fn = named(2)
+    params = {'kernel': normal(2, 6, 6)}
+    peft = pj.attach(pj.Adapter(target='@h', reduction=2), fn, params, X)
+    phi = peft.init(KEY, params)
+    with pytest.raises(ValueError, match="must name 'h' as often .* 2 times, .* 3 times"):
+        peft.wrap(lambda params, x: checkpoint_name(fn(params, x), 'h'))(params, phi, X)
+    unnamed = lambda params, x: x @ params['kernel']  # a part of the model
+    np.testing.assert_array_equal(peft.wrap(unnamed)(params, phi, X), unnamed(params, X))
+
+
+def test_a_derivative_is_taken_of_the_wrapped_function():
+    """Inside the function it would be that of the layer without the method."""
+    energy = lambda params, x: jnp.tanh(x @ params['kernel']).sum()
+    force = lambda params, x: jax.grad(energy, 1)(params, x)
+    ia3 = pj.attach(pj.Ia3(target='kernel'), energy, PARAMS, X)
+    phi = away(ia3.init(KEY, PARAMS))
+    with pytest.raises(ValueError, match=r"'kernel' is adapted, .* jax.grad\(peft.wrap\(fn\)"):
+        ia3.wrap(force)(PARAMS, phi, X)
+    outside = jax.grad(ia3.wrap(energy), 2)(PARAMS, phi, X)
+    np.testing.assert_allclose(outside, force(ia3.merge(PARAMS, phi), X), atol=1e-6)
+    lora = pj.attach(pj.Lora(rank=2, target='kernel'), energy, PARAMS, X)
+    phi = away(lora.init(KEY, PARAMS))
+    inside = lora.wrap(force)(PARAMS, phi, X)
+    np.testing.assert_allclose(inside, force(lora.merge(PARAMS, phi), X), atol=1e-6)
 
 
 def test_the_plan_is_at_hand():

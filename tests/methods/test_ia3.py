@@ -173,6 +173,29 @@ def test_a_bias_is_known_however_it_lies(fn):
     np.testing.assert_allclose(merged(), forward, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_no_bias_is_none_where_it_is_quantized_either():
+    params = {'up': normal(1, 6, 4), 'places': normal(2, 3, 4)}
+    fn = lambda params, x: jnp.tanh(x @ params['up'] + params['places'])
+    rounded = pj.quantize(params, pj.INT8, target='places')
+    outs = []
+    for base in (rounded, pj.dequantize(rounded)):
+        peft = pj.attach(pj.Ia3(target='up'), fn, base, X)
+        assert peft.sites[0][0].bias == ()
+        outs.append(peft.wrap(fn)(base, {'up': {'l': WIDE}}, X))
+    np.testing.assert_allclose(*outs, atol=1e-6)
+    pj.attach(pj.chain(pj.Lora(rank=2, target='places'), pj.Ia3(target='up')), fn, params, X)
+
+
+@pytest.mark.parametrize('drop', [lambda y: y[0], lambda y: jnp.squeeze(y, 0)[None]])
+def test_a_dimension_of_one_comes_and_goes_before_the_bias(drop):
+    fn = lambda params, x: drop(x[None] @ params['up']['kernel']) + params['up']['bias']
+    peft, phi = pj.attach(pj.Ia3(target='kernel'), fn, PARAMS, X), {'up/kernel': {'l': WIDE}}
+    assert peft.sites[0][0].bias == ('up/bias',)
+    out = peft.wrap(fn)(PARAMS, phi, X)
+    np.testing.assert_allclose(out, WIDE * fn(PARAMS, X), atol=1e-6)
+    np.testing.assert_allclose(out, fn(peft.merge(PARAMS, phi), X), atol=1e-6)
+
+
 def test_what_cannot_be_adapted():
     with pytest.raises(ValueError, match="no site of target matches feedforward='down'"):
         pj.attach(pj.Ia3(target='kernel', feedforward='down'), dense, PARAMS, X)

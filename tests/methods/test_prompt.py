@@ -248,6 +248,18 @@ def test_what_does_not_fit_the_model(fields, match):
         pj.attach(dataclasses.replace(METHOD, **fields), model, PARAMS, IDS)
 
 
+@pytest.mark.parametrize('length', [4, 5])
+def test_another_lookup_in_the_same_table_would_be_overwritten(length):
+    def fn(params, ids, target):
+        table = params['wte']['embedding']
+        return table[ids].sum(1)[:, None] + table[target]
+
+    method = pj.PromptTuning(length=3, target='wte', tokens='ids', fill=(('target', None),))
+    calls = {'ids': IDS, 'target': jnp.zeros((2, length), jnp.int32)}
+    with pytest.raises(ValueError, match=rf"'wte/embedding', \(2, {length}, 4\), does not grow"):
+        pj.attach(method, fn, PARAMS, **calls)
+
+
 def test_a_lookup_without_tokens():
     def fn(params, ids, task):
         return model(params, ids) + params['types']['embedding'][task][:, None]
