@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     results.begin(_ground.digest(examples))
     say(_about(ground, options, len(todo), len(results.records)))
     with progress(len(todo)) as bar:
-        cells = Cells(ground, options, results.adapters, learned_on)
+        cells = Cells(ground, options, results.adapters, results.parts(), learned_on)
         for way, shape in todo:
             bar.set_description(f'{way.name}, {shape.ways} ways, {shape.shots} shots')
             results.add(*cells.record(way, shape))

@@ -15,6 +15,7 @@ import peftjax as pj
 from peftjax import data, models
 from peftjax.cli import _report
 from peftjax.cli.meta import _frozen, _ground, _record
+from peftjax.cli.meta._parts import Parts
 from peftjax.cli.meta._results import read
 
 pytestmark = pytest.mark.slow
@@ -166,6 +167,34 @@ def test_a_result_of_other_versions_than_the_first_says_so(files, peftjax, tmp_p
     nearest, logistic = results(tmp_path)
     assert json.loads((tmp_path / 'results.json').read_text())['versions'] == first
     assert 'versions' not in nearest and logistic['versions'] == first | {'jax': 'another'}
+
+
+def test_a_result_that_is_cut_off_goes_on_where_it_was(files, peftjax, tmp_path, monkeypatch):
+    """Batch by batch: a task of full fine-tuning may take minutes."""
+    some = ('--methods', 'full', '--out', tmp_path)
+    real, seen = Parts.add, []
+
+    def add(parts, name, batch):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(name)
+        real(parts, name, batch)
+
+    monkeypatch.setattr(Parts, 'add', add)
+    assert peftjax('meta', *files, *FEW, *some).code != 0 and len(seen) == 4
+    with (tmp_path / 'parts.jsonl').open('a') as file:
+        file.write('{"of": "full, ')  # and the machine went down
+    seen.clear()
+    monkeypatch.setattr(Parts, 'add', lambda *args: seen.append(args[1]) or real(*args))
+    assert peftjax('meta', *files, *FEW, *some, '--resume').code == 0
+    gone_on, (own,) = len(seen), results(tmp_path)
+    assert not (tmp_path / 'parts.jsonl').exists()
+    seen.clear()
+    again = ('--methods', 'full', '--out', tmp_path / 'again')
+    assert peftjax('meta', *files, *FEW, *again).code == 0
+    (whole,) = results(tmp_path / 'again')
+    assert len(seen) == gone_on + 4
+    assert own['accuracy'] == whole['accuracy'] and own['validation'] == whole['validation']
 
 
 def test_every_kind_of_method_runs(files, peftjax, tmp_path):

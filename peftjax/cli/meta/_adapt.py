@@ -1,5 +1,6 @@
 """Adapts to episodes, several at once, and judges them between steps."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jax import lax
 from peftjax import chain_optimizer, data
 from peftjax.cli._programs import Programs
 from peftjax.cli.meta._methods import Rates, Way
+from peftjax.cli.meta._parts import Parts
 from peftjax.cli.meta._space import BODY, HEAD, Space
 
 TIMED = 10
@@ -89,6 +91,8 @@ class Adapting:
         episodes: data.Episode,
         sharpness: float,
         steps: Sequence[int],
+        parts: Parts | None = None,
+        name: str = '',
     ) -> np.ndarray:
         """Accuracies in percent after some numbers of steps.
 
@@ -98,14 +102,18 @@ class Adapting:
           episodes: tasks, positions `(tasks, rows)`.
           sharpness: of the heads that they begin with.
           steps: after which to judge.
+          parts: where batches are kept, and those that an earlier run has made are taken from.
+          name: of these there.
 
         Returns:
           `(rates, tasks, steps)` float32.
         """
-        plan, found = self._plan(sharpness, steps), []
-        for jobs, count in self._batches(rates, episodes):
+        plan, found = self._plan(sharpness, steps), parts.of(name) if parts else []
+        for jobs, count in itertools.islice(self._batches(rates, episodes), len(found), None):
             done = self.programs(self._theta, phi, plan, jobs)
             found.append(np.asarray(done)[list(steps), :count].T)
+            if parts:
+                parts.add(name, found[-1])
         return np.concatenate(found).reshape(len(rates), -1, len(steps))
 
     def milliseconds(

@@ -14,6 +14,7 @@ from peftjax.cli.meta._frozen import Features
 from peftjax.cli.meta._ground import Ground, Shape
 from peftjax.cli.meta._learn import Meta
 from peftjax.cli.meta._methods import WAYS, Rates, Way
+from peftjax.cli.meta._parts import Parts
 from peftjax.cli.meta._space import Space, attached
 
 VALID, TEST = 1, 2
@@ -42,6 +43,7 @@ class Cells:
         ground: Ground,
         options: argparse.Namespace,
         adapters: pathlib.Path,
+        parts: Parts,
         learned_on: Shape,
     ):
         """Computes nothing yet.
@@ -50,10 +52,11 @@ class Cells:
           ground: encoder and texts.
           options: as parsed.
           adapters: the folder of what is learned.
+          parts: of a result that is not whole.
           learned_on: the tasks that phi is meta-trained on.
         """
         self._ground, self._options, self._adapters = ground, options, adapters
-        self._learned_on = learned_on
+        self._parts, self._learned_on = parts, learned_on
         self._made: dict[tuple[str, str, Shape], Adapting] = {}
         self._looks: dict[str, Features] = {}
         self._features: dict[str, Still] = {}
@@ -72,8 +75,7 @@ class Cells:
         if way.still:
             more, found = self._classified(way, phi, shape, valid, test)
         else:
-            adapting = self._adapting(way, shape)
-            more, found = self._adapted(way, adapting, phi, valid, test, sharp)
+            more, found = self._adapted(way, shape, phi, valid, test, sharp)
         said |= {'accuracy': _record.means(found), 'interval': _record.interval(found)}
         return said | more, found
 
@@ -177,22 +179,26 @@ class Cells:
     def _adapted(
         self,
         way: Way,
-        adapting: Adapting,
+        shape: Shape,
         phi: Any,
         valid: data.Episode,
         test: data.Episode,
         sharp: float,
     ) -> tuple[dict[str, Any], np.ndarray]:
         """Accuracy after each number of steps, at the rates that validation found best for it."""
+        adapting = self._adapting(way, shape)
         compiled = adapting.programs.seconds
         asked, grid = self._options.steps, way.grid()
-        table = adapting.accuracies(phi, grid, valid, sharp, asked).mean(1)
+        of = f'{way.name}, {shape.ways} ways, {shape.shots} shots'
+        kept = {'parts': self._parts, 'name': f'{of}, valid'}
+        table = adapting.accuracies(phi, grid, valid, sharp, asked, **kept).mean(1)
         best = table.argmax(0)
         found = np.empty((len(test.support.labels), len(asked)), np.float32)
         for i in sorted(set(best.tolist())):
             columns = np.flatnonzero(best == i)
             steps = [asked[c] for c in columns]
-            found[:, columns] = adapting.accuracies(phi, [grid[i]], test, sharp, steps)[0]
+            kept['name'] = f'{of}, test, rates {i}'
+            found[:, columns] = adapting.accuracies(phi, [grid[i]], test, sharp, steps, **kept)[0]
         rates = [None if step == 0 else list(grid[i]) for step, i in zip(asked, best, strict=True)]
         said = {
             'steps': list(asked),

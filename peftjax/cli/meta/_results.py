@@ -12,6 +12,8 @@ import numpy as np
 from peftjax.cli import _config, _output, _report, _whole
 from peftjax.cli.meta import _curves, _paired, _record
 from peftjax.cli.meta._methods import chosen
+from peftjax.cli.meta._parts import FILE as PARTS
+from peftjax.cli.meta._parts import Parts
 
 FILE, TASKS = 'results.json', 'tasks.jsonl'
 TABLE, PICTURE = 'table.txt', 'accuracy.png'
@@ -103,6 +105,7 @@ class Results:
         """
         self._options, self.records, self.tasks = options, [], {}
         self.versions, self.examples = _report.versions(), ''
+        self._parts: Parts | None = None
         self.out = pathlib.Path(options.out)
         self._begun = bool(options.resume) and (self.out / FILE).is_file()
         _output.check_free(self.out, options.overwrite or self._begun)
@@ -132,7 +135,7 @@ class Results:
             )
         self.examples = examples or self.examples
         if not self._begun:
-            for name in (FILE, TASKS, TABLE, PICTURE, _config.FILE):
+            for name in (FILE, TASKS, TABLE, PICTURE, PARTS, _config.FILE):
                 (self.out / name).unlink(missing_ok=True)
             if (self.out / _output.ADAPTERS).is_dir():
                 for folder in self.adapters.iterdir():
@@ -152,6 +155,14 @@ class Results:
         self.records.append(record if now == self.versions else record | {'versions': now})
         self.tasks[_record.key(record)] = accuracies
         self._write()
+        self.parts().clear()
+
+    def parts(self) -> Parts:
+        """Of the result that is not whole."""
+        if self._parts is None:
+            made = {'examples': self.examples, 'versions': _report.versions()}
+            self._parts = Parts(self.out / PARTS, made)
+        return self._parts
 
     def text(self) -> str:
         """The tables."""
