@@ -8,10 +8,11 @@ import jax
 
 from peftjax import _paths, _virtual
 from peftjax._call import Call, is_array, split
-from peftjax._interpret import Run, evaluate
+from peftjax._interpret import evaluate
 from peftjax._quantized import dequantize, is_quantized
 from peftjax._record import Recorder, distinct, outputs
-from peftjax._sites import Sites
+from peftjax._run import Run
+from peftjax._sites import Site, Sites
 from peftjax._standin import bare
 from peftjax._types import ApplyFn, Array, PyTree
 
@@ -93,23 +94,26 @@ def grown(
             f'sized by the tokens was not lengthened with them (fill=…), or a size is fixed inside '
             f'the function. Shapes now: {shapes}. It says: {str(error).partition(chr(10))[0]:.300}'
         ) from error
-    found, uses = [], outputs(recorder)
-    if any(len(shapes) > 1 for shapes in uses.values()):
-        earlier = outputs(_recorded(apply_fn, params, *short))
-    else:
-        earlier = {}
+    uses = outputs(recorder)
+    again = any(len(shapes) > 1 for shapes in uses.values())
+    earlier = outputs(_recorded(apply_fn, params, *short)) if again else {}
+    found = []
     for before, after in zip(base, distinct(recorder), strict=True):
-        axes = _virtual.grown(before.output, after.output, room.length)
-        where = axes[0] if len(axes) == 1 else None
-        for shape in uses[after.use]:
-            if not any(
-                _virtual.grown(old, shape, room.length)
-                for old in earlier.get(after.use, [before.output])
-            ):
-                # a use that has no virtual tokens would have its own rows overwritten
-                where, after = None, dataclasses.replace(after, output=shape)
-        found.append(dataclasses.replace(after, tokens=where))
+        shapes = earlier.get(after.use, [before.output])
+        found.append(_with_tokens(before, after, shapes, uses[after.use], room.length))
     return Sites(tuple(found), base.unused)
+
+
+def _with_tokens(
+    before: Site, after: Site, shapes: Sequence[Any], longer: Sequence[Any], by: int
+) -> Site:
+    """A site and where its tokens are, if all of its outputs have become longer by their number."""
+    axes = _virtual.grown(before.output, after.output, by)
+    for shape in longer:
+        if not any(_virtual.grown(old, shape, by) for old in shapes):
+            # a use without virtual tokens would have rows of its own overwritten
+            return dataclasses.replace(after, tokens=None, output=shape)
+    return dataclasses.replace(after, tokens=axes[0] if len(axes) == 1 else None)
 
 
 def _checked(params: PyTree) -> PyTree:

@@ -13,11 +13,12 @@ from peftjax import _beside, _paths, _processes, _virtual
 from peftjax._call import Call, result_shapes, takes
 from peftjax._chain import Chain, part_keys
 from peftjax._dequantize import stand
-from peftjax._interpret import Plan, Run, evaluate
+from peftjax._interpret import evaluate
 from peftjax._method import Method, float32, typed_key
 from peftjax._pending import Companion
 from peftjax._printed import printed
 from peftjax._quantized import Arrays, is_quantized
+from peftjax._run import Plan, Run
 from peftjax._shapes import Shape, differences, shapes_of
 from peftjax._sites import Site, trainable
 from peftjax._standin import StandIn, bare

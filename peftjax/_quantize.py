@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from peftjax import _paths
 from peftjax._call import Call
 from peftjax._dequantize import stand
-from peftjax._interpret import Run, evaluate
+from peftjax._interpret import evaluate
 from peftjax._quantized import Quantized as Quantized
 from peftjax._quantized import Scheme as Scheme
 from peftjax._quantized import dequantize as dequantize
+from peftjax._run import Run
 from peftjax._types import ApplyFn, Array, Path, PyTree, Target
 
 NF4 = Scheme(code='nf4')
