@@ -10,6 +10,7 @@ import quick
 from peftjax import data
 from peftjax.cli.meta import _adapt, _curves, _frozen, _ground, _paired, _record
 from peftjax.cli.meta._methods import WAYS, Rates
+from peftjax.cli.meta._parts import Parts
 from peftjax.cli.meta._space import Space
 
 WIDTH, WORDS, WAYS_OF_A_TASK, MOST = 5, 40, 3, 4
@@ -192,6 +193,18 @@ def test_what_makes_no_steps_stands_beside_what_was_judged_once():
     [nearest], [lora] = beside.values()
     assert (nearest['steps'], nearest['difference']) == ([5], [-10])
     assert (lora['steps'], lora['difference']) == ([5], [10])
+
+
+def test_two_that_write_the_same_batches_leave_each_once(tmp_path):
+    batch = lambda number: np.full((1, 2, 1), float(number), np.float32)
+    path, made = tmp_path / 'parts.jsonl', {'jax': '1'}
+    one, other = Parts(path, made), Parts(path, made)
+    for number in range(3):
+        one.add('lora', batch(number))
+        other.add('lora', batch(number))
+    found = Parts(path, made).of('lora')
+    assert [float(one[0, 0, 0]) for one in found] == [0, 1, 2]
+    assert Parts(path, {'jax': '2'}).of('lora') == Parts(path, made).of('full') == []
 
 
 def test_a_picture_shows_single_tasks_and_what_makes_no_steps(tmp_path):
