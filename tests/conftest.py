@@ -2,8 +2,8 @@
 
 Most programs of tests run once, on a few numbers, and compiling them would take most of the time:
 they are compiled without most optimizations, in processes that tests start too. Modules marked
-`optimized` are compiled as users compile (with jax 0.10 but for the flags below, which hold for a
-whole process). With `JAX_DISABLE_MOST_OPTIMIZATIONS=0` in the environment everything is.
+`optimized` are compiled as users compile (but for the flags below, which hold for a whole
+process). With `JAX_DISABLE_MOST_OPTIMIZATIONS=0` in the environment everything is.
 
 Many commands compile the same step, in this process and in others: what took long is kept on disk
 for the length of the run.
@@ -20,9 +20,13 @@ import pytest
 
 QUICK = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS', '1').lower() not in ('0', 'false')
 FLAGS = ['--xla_force_host_platform_device_count=8']
-if QUICK and importlib.metadata.version('jaxlib').startswith('0.10.'):
-    # later compilers do not know the first of these, and end on what they do not know
-    FLAGS += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
+# a compiler ends on a flag that it does not know
+QUICKLY = {
+    '0.10.': ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1'],
+    '0.12.': ['--xla_cpu_opt_preset=FAST_COMPILE', '--xla_cpu_parallel_codegen_split_count=1'],
+}
+if QUICK:
+    FLAGS += QUICKLY.get(importlib.metadata.version('jaxlib')[:5], [])
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS]).strip()
 
 
@@ -38,7 +42,7 @@ compile_quickly(QUICK)
 def pytest_configure(config: pytest.Config) -> None:
     """Tells of the marks, and keeps programs for all processes of this run."""
     config.addinivalue_line('markers', 'optimized: its programs are compiled as users compile them')
-    config.addinivalue_line('markers', 'slow: long, each or together, and the same in all versions')
+    config.addinivalue_line('markers', 'slow: long, and of other versions others say the same')
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # a worker has that of who started it
         folder = tempfile.mkdtemp(prefix='peftjax-programs-')
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

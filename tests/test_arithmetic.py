@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import MODELS
+from cases import first_everywhere
 from interop import load
 from test_conformance import CASES
 from zoo import normal
@@ -45,6 +46,7 @@ def summed(asked):
     return BY_KIND[kind]([(case.peft, case.phi()) for case in adapters], asked['weights'], **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ASKED)
 def test_sums_are_those_of_peft(name):
     case, (peft, phi) = stored(name), summed(ASKED[name])
@@ -115,7 +117,7 @@ EXACT = [
 """Where ranks differ from path to path, no one rank is exact."""
 
 
-@pytest.mark.parametrize(('kind', 'name', 'model'), EXACT)
+@pytest.mark.parametrize(('kind', 'name', 'model'), first_everywhere(EXACT))
 def test_updates_add_up(kind, name, model):
     """`merge` knows nothing of sums: theta plus the weighted changes of all."""
     case, both = adapters(name, model)

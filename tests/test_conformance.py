@@ -82,7 +82,8 @@ MERGEABLE = (
 # (Its DoRA also computes otherwise than the paper; the package translates the one into the other.)
 MERGED_WRONG = ('encoder/ah_dora_bert', 'encoder/ah_ia3_bert')
 
-encoders = pytest.mark.parametrize('scan_layers', [False, True], ids=['unrolled', 'scanned'])
+WITHOUT_SCAN = pytest.param(False, id='unrolled', marks=pytest.mark.slow)
+encoders = pytest.mark.parametrize('scan_layers', [WITHOUT_SCAN, pytest.param(True, id='scanned')])
 
 
 @functools.cache
@@ -180,6 +181,7 @@ def test_merged_weights(name, scan_layers):
     check_merged(case(name, scan_layers), transposed='gpt2' not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ELSEWHERE)
 def test_cases_beside_the_repository(name):
     """Scanned layers; of tensors that several names stand for, one has the gradient."""

@@ -39,6 +39,7 @@ def arguments(peft: pj.Peft) -> tuple[Any, ...]:
     return phi, params, IDS, jnp.roll(IDS, -1, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', BOUND)
 def test_a_gradient_step_costs_what_it_costs_by_hand(name: str):
     peft, forward = llama.ours(llama.METHODS[name][0], MODEL, IDS)

@@ -197,6 +197,7 @@ def along_only(loss, phi, along):
     return jax.jvp(loss, (phi,), (along,))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FEWER)
 def test_jvp_and_grad_of_grad_are_those_through_the_merge(name: str):
     at = ready(name)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import first_everywhere
 
 import peftjax as pj
 from peftjax.models import Cache, Decoder, read_decoder_config
@@ -74,7 +75,7 @@ def by_whole_forwards(forward, phi, ids, length, counted=False):
     return text[:, -length:]
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', first_everywhere(METHODS))
 def test_the_cache_changes_no_token(name):
     peft, phi = adapted(name)
     forward = peft.wrap(MODEL.apply_fn)

@@ -15,6 +15,7 @@ import pytest
 import test_meshes as meshes
 from applies import APPLIES
 from blocks import MODELS
+from cases import first_everywhere
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -254,7 +255,7 @@ def quantized(model: str) -> Any:
     return pj.quantize(MODELS[model].params, small(), target=WEIGHTS)
 
 
-@pytest.mark.parametrize(('method', 'model'), METHODS)
+@pytest.mark.parametrize(('method', 'model'), first_everywhere(METHODS))
 def test_every_method_over_a_quantized_base(method: str, model: str):
     """Identity, merge and gradient are those of the dequantized base."""
     case, chosen = MODELS[model], TABLES.get(model, EVERYWHERE)[method]

@@ -10,6 +10,7 @@ import optax
 import pytest
 import quick
 from blocks import MODELS
+from cases import first_everywhere
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods_under_test import CONVOLUTION, EVERYWHERE, EXPERTS
@@ -91,7 +92,7 @@ def test_each_array_goes_along_the_axes_that_its_method_tells(method, model):
                     assert axis is None or site.shape[axis] == size
 
 
-@pytest.mark.parametrize(('method', 'model'), RUN)
+@pytest.mark.parametrize(('method', 'model'), first_everywhere(RUN))
 def test_phi_lies_along_theta_and_gives_the_same(method, model):
     """Values at init, outputs and gradients do not depend on the mesh."""
     case, peft = attached(method, model)

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 import quick
+from cases import first_everywhere
 from jax.sharding import AxisType
 from zoo import ids
 
@@ -106,7 +107,7 @@ HEADS = {
 
 @pytest.mark.parametrize(
     ('method', 'quantized'),
-    [*((name, False) for name in HEADS), ('frozen', True), ('adapted', True)],
+    first_everywhere([*((name, False) for name in HEADS), ('frozen', True), ('adapted', True)]),
 )
 def test_the_loss_and_its_gradient_are_those_of_one_device(method, quantized):
     params, batch = MODEL.init(jax.random.key(1), IDS)['params'], IDS[:, :65]

@@ -70,6 +70,7 @@ def test_each_adapter_is_saved_with_its_task(compared, here):
     assert loaded.fingerprint is not None
 
 
+@pytest.mark.slow
 def test_earlier_results_are_kept_unless_told_otherwise(peftjax, here, tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     ran = peftjax('compare', *here.inputs, *FEW, 'frozen', '--out', tmp_path)

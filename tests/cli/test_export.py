@@ -39,6 +39,7 @@ def classified(folder, hidden, mask):
     return list(zip(labels, chances.max(1).round(4).tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['peft', 'adapterhub'])
 def test_an_encoder_goes_without_its_classifier(peftjax, tuned, here, tmp_path, form):
     """The adapter is one of the encoder; its classifier lies beside, and both give the labels."""

@@ -89,6 +89,7 @@ def test_what_does_not_merge_says_why_and_writes_nothing(peftjax, adapters, tmp_
     assert not (tmp_path / 'merged').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['lora', 'prefix', 'saved'])
 def test_exported_and_imported_is_the_same_adapter(peftjax, adapters, model, tmp_path, name):
     there, back = tmp_path / 'peft', tmp_path / 'back'
@@ -108,6 +109,7 @@ def test_exported_and_imported_is_the_same_adapter(peftjax, adapters, model, tmp
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_layers_differ(peftjax, model, tmp_path):
     """As PEFT has it with `rank_pattern` and `layers_to_transform`: what is a stack must not be."""
     base = models.load_decoder(model, scan_layers=False)
@@ -222,6 +224,7 @@ def test_damage_to_a_quantized_folder_is_named(quantized, tmp_path):
         models.load_decoder(str(folder))
 
 
+@pytest.mark.slow
 def test_an_adapter_over_a_quantized_model_merges_when_asked(
     peftjax, adapters, quantized, tmp_path
 ):

@@ -66,6 +66,7 @@ def cut_off(monkeypatch, cut):
     monkeypatch.setattr(Metrics, 'add', adding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', SIGNALS)
 def test_a_run_that_was_cut_off_goes_on(peftjax, files, here, unbroken, tmp_path, monkeypatch, how):
     cut, code, said = SIGNALS[how]
@@ -93,6 +94,7 @@ def test_a_run_that_was_cut_off_goes_on(peftjax, files, here, unbroken, tmp_path
     assert other.code == 2 and 'rate was 0.002 and is 1e-05 now; target was' in other.err
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_the_names_of_its_labels(peftjax, files, here, tmp_path, monkeypatch):
     """Other names in the same order give the same numbers."""
     out, renamed = tmp_path / 'out', tmp_path / 'renamed.jsonl'
@@ -106,6 +108,7 @@ def test_a_run_goes_on_under_the_names_of_its_labels(peftjax, files, here, tmp_p
     assert peftjax(*again, '--train', here.train, '--resume').code == 0
 
 
+@pytest.mark.slow
 def test_a_probe_makes_no_steps_and_goes_on_from_its_beginning(
     peftjax, files, tmp_path, monkeypatch
 ):
@@ -167,6 +170,7 @@ def copied(unbroken, tmp_path):
     return pathlib.Path(shutil.copytree(unbroken, tmp_path / 'out'))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_adapter_that_it_should_replace(
     peftjax, files, unbroken, tmp_path
 ):
@@ -178,6 +182,7 @@ def test_a_run_that_fails_leaves_the_adapter_that_it_should_replace(
     assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_that_replaces_another_is_taken_up_where_it_was_cut_off(
     peftjax, files, unbroken, tmp_path, monkeypatch
 ):

@@ -78,6 +78,7 @@ def test_prompts_come_from_a_file_in_batches_of_one_shape(peftjax, talk, tmp_pat
     assert ran.out.splitlines() == list(COLORS.values())
 
 
+@pytest.mark.slow
 def test_drawing_follows_the_seed(peftjax, talk):
     hot = ('generate', '--model', talk.model, *PROMPTS, '--max-tokens', 6, '--temperature', 3)
     first, again, other = (peftjax(*hot, '--seed', seed).out for seed in (1, 1, 2))
@@ -111,6 +112,7 @@ def test_a_prompt_through_the_chat_template(peftjax, talk, monkeypatch):
     assert [ids[0] for ids in seen] == [4, 2] and list(seen[0][-2:]) == [3, 5]
 
 
+@pytest.mark.slow
 def test_an_update_that_explodes_is_an_error_where_it_is_the_last(tune, tmp_path):
     some = ('--steps', 1, '--batch', 2, '--length', 16, '--rate', 1e30, '--remat', 'none')
     ran = tune(*some, '--out', tmp_path / 'out')
@@ -124,6 +126,7 @@ def cut_off(self, step, values, add=Metrics.add):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_options_give_the_same_run_again(peftjax, tune, tmp_path, monkeypatch):
     first, again = tmp_path / 'first', tmp_path / 'again'
     assert tune(*FEW, '--eval-part', 0.2, '--seed', 5, '--out', first).code == 0
@@ -168,6 +171,7 @@ SIGNALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', SIGNALS)
 def test_a_run_that_was_cut_off_goes_on(peftjax, tune, unbroken, tmp_path, monkeypatch, how):
     cut, code, left = SIGNALS[how]
@@ -200,6 +204,7 @@ def test_a_run_that_was_cut_off_goes_on(peftjax, tune, unbroken, tmp_path, monke
     assert ran.code == 0 and 'has come to its end' in ran.out
 
 
+@pytest.mark.slow
 def test_all_commands_write_options_that_are_read_as_what_was_asked(compared, tuned):
     for command, file in (
         ('compare', compared / 'options.toml'),
@@ -230,6 +235,7 @@ def test_tensorboard_must_be_installed(tune, tmp_path, monkeypatch):
     assert ran.code == 2 and "pip install 'peftjax[tensorboard]'" in ran.err
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_are_the_step(tune, tmp_path):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     how = ('--steps', 4, '--batch', 6, '--length', 16, '--evaluations', 1, '--eval-part', 0.2)
@@ -253,6 +259,7 @@ def test_on_a_mesh_a_run_measures_the_same(tune, tmp_path, mesh):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'how',
     [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import first_everywhere
 from quick import jit
 
 import peftjax as pj
@@ -68,7 +69,7 @@ def tied() -> _task.Task:
     return dataclasses.replace(task, params=jax.tree.map(lambda x: 4 * x, params))
 
 
-@pytest.mark.parametrize('name', ['lora', 'prompt', 'prefix', 'full'])
+@pytest.mark.parametrize('name', first_everywhere(['lora', 'prompt', 'prefix', 'full']))
 def test_the_loss_is_that_of_what_is_generated_from(tied, name):
     rng = np.random.default_rng(0)
     samples = [data.Sample(rng.integers(2, 64, n), np.arange(n) > n // 3) for n in (7, 9, 4)]
@@ -90,6 +91,7 @@ def test_the_loss_is_that_of_what_is_generated_from(tied, name):
     np.testing.assert_allclose(float(loss.total), total, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['lora', 'prompt'])
 def test_a_quantized_table_is_the_rounded_one_wherever_it_is_used(tied, name):
     """Looked up, multiplied with in the loss and in the head, and read when phi is made."""

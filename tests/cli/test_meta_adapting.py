@@ -57,6 +57,7 @@ def by_hand(theta, phi, space, tx, episode, steps):
     return space.accuracy(theta, own, query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'tx'),
     [('maml', lambda rate: optax.sgd(rate)), ('lora', lambda rate: optax.adam(rate))],

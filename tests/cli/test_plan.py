@@ -62,6 +62,7 @@ def test_a_plan_of_eight_billion_parameters(peftjax):
     assert unit == 'GB' and 4 * phi / 1e9 < float(size) < 8
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_folder_on_a_mesh(peftjax, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(language.FIELDS))
     some = ('--model', tmp_path, '--batch', 4, '--length', 8, '--dtype', 'float32')
@@ -71,6 +72,7 @@ def test_a_plan_of_a_folder_on_a_mesh(peftjax, tmp_path):
     assert '32' in ran.out and 'on each device' in ran.out
 
 
+@pytest.mark.slow
 def test_a_plan_on_a_mesh_tells_what_each_device_holds_and_receives(peftjax, tmp_path):
     """As `docs/planning.md` reads it: layers are gathered twice in a step, the head once."""
     (tmp_path / 'config.json').write_text(json.dumps(language.FIELDS))

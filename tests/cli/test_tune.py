@@ -167,6 +167,7 @@ def test_an_adapter_is_no_place_for_a_run(peftjax, here, tuned):
     assert sorted(inside.rglob('*')) == before
 
 
+@pytest.mark.slow
 def test_an_update_that_explodes_is_an_error_where_it_is_the_last(peftjax, here, tmp_path):
     """The loss of a step is before its update: nothing but a further one tells."""
     for held, batch in (((), 12), (('--eval-part', 0.5), 6)):
@@ -177,6 +178,7 @@ def test_an_update_that_explodes_is_an_error_where_it_is_the_last(peftjax, here,
         assert not (out / 'adapter').exists() and not (out / 'checkpoints/steps/1').exists()
 
 
+@pytest.mark.slow
 def test_the_only_step_trains(peftjax, here, tmp_path):
     """A rate that rises from zero would leave it without an update."""
     out, some = tmp_path / 'out', ('--epochs', 1, '--batch', 12)
@@ -258,6 +260,7 @@ def fit(fitter, tokens, labels, seed, watch=None):
     return fitter.fit((tokens, labels), fitter.start(seed), batches, watch)
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_adapter(here):
     (recipe,) = chosen('bitfit')
     train = data.load_labelled(here.train)
@@ -272,6 +275,7 @@ def test_the_same_seed_makes_the_same_adapter(here):
     assert fits[0].compile_seconds > 0 == fits[1].compile_seconds
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_are_the_step(here):
     """Rows that fill a batch up count in no part; without dropout, which each part draws anew."""
     (recipe,) = chosen('bitfit')
@@ -300,6 +304,7 @@ class Seen(Watch):
         self.losses = [*getattr(self, 'losses', ()), value]
 
 
+@pytest.mark.slow
 def test_each_seed_starts_from_a_classifier_of_its_own(here):
     (recipe,) = chosen('bitfit')
     train = data.load_labelled(here.train)

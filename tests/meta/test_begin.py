@@ -66,6 +66,7 @@ def test_the_gradient_of_maml_goes_through_the_beginning():
     small.assert_close(both(learner, params, phi), wanted, 1e-12)
 
 
+@pytest.mark.slow
 def test_at_first_order_it_goes_through_the_beginning_alone():
     params, phi, loss, begin = shifted()
 

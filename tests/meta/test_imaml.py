@@ -108,6 +108,7 @@ def test_through_a_wrapped_model_it_is_mamls_gradient_where_the_loop_converges()
     small.assert_close(run(learner.loss), run(solved), 1e-8)
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_inner_steps():
     params, phi, loss = small.make()
 

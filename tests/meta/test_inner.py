@@ -131,11 +131,13 @@ def test_memory_grows_with_states_alone():
     assert 0.9 * 2 * phi <= (many - few) / 32 <= 1.1 * 2 * phi
 
 
+@pytest.mark.slow
 def test_of_a_part_only_its_states_are_kept():
     (few, phi, _), (many, _, _) = (temporaries(steps, target='layer_7') for steps in (8, 40))
     assert 0.9 * 2 * phi / 8 <= (many - few) / 32 <= 1.1 * 2 * phi / 8
 
 
+@pytest.mark.slow
 def test_at_first_order_nothing_is_kept():
     (few, *_), (many, *_) = (temporaries(steps, first_order=True) for steps in (8, 40))
     assert few == many < temporaries(8)[0]

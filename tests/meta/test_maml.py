@@ -7,6 +7,7 @@ import optax
 import pytest
 import quick
 import small
+from cases import first_everywhere
 
 import peftjax as pj
 
@@ -42,7 +43,7 @@ def unrolled(loss, tx, params, phi, tasks, key, adapts=lambda path: True):
     return found
 
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', first_everywhere(OPTIMIZERS))
 def test_the_gradient_is_that_of_the_unrolled_loop(optimizer):
     params, phi, loss = small.make()
     tasks, tx = small.tasks(), OPTIMIZERS[optimizer]()
@@ -53,7 +54,7 @@ def test_the_gradient_is_that_of_the_unrolled_loop(optimizer):
     small.assert_close(found, wanted, 1e-12)
 
 
-@pytest.mark.parametrize('method', small.METHODS)
+@pytest.mark.parametrize('method', first_everywhere(small.METHODS))
 def test_the_gradient_is_that_of_finite_differences(method):
     params, phi, loss = small.make(method)
     tasks = small.tasks()
@@ -80,6 +81,7 @@ def test_second_order_is_not_first_order():
         assert np.abs(a - b).max() > 0.01 * np.abs(b).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ['sgd', 'adam'])
 def test_first_order_is_the_gradient_where_the_loop_ended(optimizer):
     params, phi, loss = small.make('chain')
@@ -103,6 +105,7 @@ def test_first_order_is_the_gradient_where_the_loop_ended(optimizer):
     small.assert_close(alone, wanted[0], 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('target', ['head', ['head/bias', 'up/kernel/b']])
 @pytest.mark.parametrize('first_order', [False, True])
 def test_only_what_a_target_finds_adapts(target, first_order):
@@ -132,6 +135,7 @@ def test_only_what_a_target_finds_adapts(target, first_order):
         small.assert_close(found, wanted, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_loss_with_a_count_is_minimized_by_its_mean():
     params, phi, loss = small.make()
     tasks = small.tasks()
@@ -146,6 +150,7 @@ def test_a_loss_with_a_count_is_minimized_by_its_mean():
         small.assert_close(*gradients, 1e-12)
 
 
+@pytest.mark.slow
 def test_adam_needs_a_derivative_at_zero():
     """The gradient of LoRA's `a` is zero while `b` is: a square root has no derivative there."""
     params, phi, loss = small.make()

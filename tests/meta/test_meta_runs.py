@@ -9,6 +9,7 @@ import optax
 import pytest
 import quick
 import small
+from cases import first_everywhere
 from jax.sharding import AxisType
 
 import peftjax as pj
@@ -66,6 +67,7 @@ def cut_off_in(step, at):
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['maml', 'reptile', 'meta_sgd', 'imaml'])
 def test_a_run_cut_off_inside_an_outer_step_goes_on_bit_for_bit(name, tmp_path):
     params, peft, learner, fresh = setting(name)
@@ -95,6 +97,7 @@ def test_a_run_cut_off_inside_an_outer_step_goes_on_bit_for_bit(name, tmp_path):
     assert all(len(set(each)) == 1 and len(each) > 1 for each in losses.values())
 
 
+@pytest.mark.slow
 def test_accumulated_tasks_are_as_all_at_once_where_nothing_is_drawn():
     params, phi, noisy = small.make()
     still = lambda params, phi, batch, key: noisy(params, phi, batch, KEY)
@@ -132,8 +135,10 @@ def rates_together(found):
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
 @pytest.mark.parametrize(
     ('name', 'kind'),
-    [*((name, AxisType.Auto) for name in LEARNERS)]
-    + [(name, AxisType.Explicit) for name in ('maml', 'fomaml', 'imaml')],
+    first_everywhere(
+        [*((name, AxisType.Auto) for name in LEARNERS)]
+        + [(name, AxisType.Explicit) for name in ('maml', 'fomaml', 'imaml')]
+    ),
 )
 def test_tasks_over_devices_have_the_numbers_of_one_and_sum_the_gradient_alone(name, kind):
     params, _, learner, fresh = setting(name)

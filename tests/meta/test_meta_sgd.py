@@ -42,6 +42,7 @@ def by_hand(loss, target, params, trained, tasks):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('target', 'elementwise'), [(None, False), ('head', True)])
 def test_phi_and_rates_have_the_gradient_of_the_unrolled_loop(target, elementwise):
     params, phi, loss = small.make('chain')

@@ -43,6 +43,7 @@ def test_phi_moves_towards_the_mean_of_where_the_loops_end(target):
         small.assert_close((found, dict(state.phi)), (value, dict(wanted)), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('target', [None, 'head'])
 def test_the_state_of_the_inner_optimizer_is_handed_on(target):
     with small.doubles(), jax.numpy_dtype_promotion('standard'):  # of optax

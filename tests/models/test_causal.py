@@ -76,6 +76,7 @@ def dots(jaxpr):
                 yield from dots(inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('window', [None, 170], ids=['global', 'windows'])
 def test_a_decoder_reads_long_texts_as_with_a_cache(window):
     """The cache's attention knows no blocks: its slots are not its tokens."""

@@ -222,6 +222,7 @@ def test_what_a_gradient_keeps_is_what_was_asked_for():
     assert grows['none'] > 2 * grows['names']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [True, False], ids=['scanned', 'unrolled'])
 def test_recomputation_changes_no_gradient(scan_layers):
     plain, params = build()

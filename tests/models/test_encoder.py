@@ -51,6 +51,7 @@ def named(jaxpr):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['bert', 'roberta'])
 def test_the_names_of_a_block_share_one_scope(family):
     config = dataclasses.replace(CONFIG, model_type=family)
@@ -76,6 +77,7 @@ def test_scanned_and_unrolled_are_one_model():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [True, False])
 @pytest.mark.parametrize('save', [SAVED, ('query', 'attention_residual')])
 def test_saving_names_changes_no_gradient(scan_layers, save):

@@ -19,6 +19,7 @@ def test_every_family_is_there():
     assert len(FILES) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_logits_and_greedy_tokens_are_those_of_pytorch(path, tmp_path):
     with np.load(path) as file:

@@ -80,6 +80,7 @@ def test_each_text_has_its_own_frequencies():
     np.testing.assert_allclose(sin[0, 1], np.sin([5, 5 * second]), rtol=1e-5)
 
 
+@pytest.mark.slow
 @every
 def test_neither_padding_nor_other_rows_change_a_text(name):
     _, params, apply = build(name)

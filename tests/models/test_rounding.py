@@ -38,6 +38,7 @@ def check_equal(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('fields', 'how', 'scheme', 'target'),
     [
@@ -69,6 +70,7 @@ def test_what_is_rounded_lies_as_it_is_told(tmp_path):
     assert codes.sharding.shard_shape(codes.shape) == (3, 8, 8)
 
 
+@pytest.mark.slow
 def test_no_more_is_held_than_the_quantized_model_and_one_layer(tmp_path):
     # a layer is large beside what tracing leaves for the garbage collector, half a megabyte
     fields = FIELDS | {'hidden_size': 256, 'intermediate_size': 512, 'num_hidden_layers': 16}
