@@ -20,7 +20,7 @@ import pytest
 
 QUICK = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS', '1').lower() not in ('0', 'false')
 FLAGS = ['--xla_force_host_platform_device_count=8']
-# a compiler ends on a flag that it does not know
+# by version: a compiler that meets a flag it does not know ends the process
 QUICKLY = {
     '0.10.': ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1'],
     '0.12.': ['--xla_cpu_opt_preset=FAST_COMPILE', '--xla_cpu_parallel_codegen_split_count=1'],

@@ -54,15 +54,16 @@ def spread(params, mesh):
 
 
 def close(found, wanted, tolerance=1e-5):
-    """Each array to within a part of its largest number, and of a tenth of the largest of all.
+    """Each array to within a part of its largest number, and what the largest of all is rounded by.
 
     The gradient of a bias of keys is a sum that cancels: as exact as its terms, not as itself.
     """
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     sizes = [float(np.abs(np.asarray(b)).max()) for b in jax.tree.leaves(wanted)]
+    rounding = 4 * float(np.finfo(np.float32).eps) * max(sizes)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), sizes, strict=True)
     for a, b, size in pairs:
-        atol = tolerance * (size + max(sizes) / 10)
+        atol = tolerance * size + rounding
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
 
 
