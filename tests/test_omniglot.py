@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import quick
+from matplotlib import image
 
 import peftjax as pj
 from peftjax import data
@@ -24,6 +25,7 @@ sys.path.insert(0, str(HOME))
 import few_shot_network as few_shot  # noqa: E402
 import omniglot  # noqa: E402
 import omniglot_data  # noqa: E402
+import omniglot_picture  # noqa: E402
 import omniglot_programs  # noqa: E402
 import omniglot_recipes as recipes  # noqa: E402
 
@@ -213,6 +215,18 @@ def test_what_is_recorded_is_told_in_full(drawings, tmp_path, monkeypatch):
     assert sum(map(len, row['alphabets'].values())) == ALPHABETS
     with pytest.raises(SystemExit, match='at least 8 tasks'):
         run('--steps', '12', '--out', str(tmp_path / 'a'), '--test-tasks', '7')
+
+
+def test_curves_are_drawn_of_runs_that_were_validated(tmp_path):
+    row = dict(algorithm='maml', ways=5, shots=1, accuracy=98.0, interval=0.5)
+    rows = [row | {'curve': [[4, 0.5, 70.0], [8, None, 80.0]]}, row | {'shots': 5, 'curve': []}]
+    sizes = []
+    for count in (1, 2):
+        omniglot_picture.draw(tmp_path / 'a.png', rows[:count])
+        sizes.append(image.imread(tmp_path / 'a.png').shape)
+    assert sizes[0] == sizes[1]  # no field for what has no line
+    omniglot_picture.draw(tmp_path / 'a.png', [rows[0], rows[0] | {'ways': 20}])
+    assert image.imread(tmp_path / 'a.png').shape[1] == 2 * sizes[0][1]
 
 
 def test_reptile_goes_ever_less_of_the_way():
