@@ -46,7 +46,8 @@ def empty(model: str, tokens: int) -> Ground:
     row = jnp.zeros((1, tokens), jnp.int32)
     theta = {'params': loaded.params, 'ids': row, 'mask': row}
     theta['sharpness'] = jnp.float32(1)
-    parts = {'train': Part('train', np.repeat(np.arange(99, dtype=np.int32), 99), 0)}
+    labels, names = np.repeat(np.arange(99, dtype=np.int32), 99), [*map(str, range(99))]
+    parts = {'train': Part('train', labels, names, 0)}
     return Ground(model, loaded.model.apply_fn, theta, jnp.zeros((1, 1)), parts, tokens)
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from peftjax._counts import whole
 from peftjax._mixing import Mixing, split, truncated
 from peftjax._types import Array, Path
 
@@ -96,6 +97,7 @@ def _concatenated(pairs: Sequence[Pair], weights: Array) -> Factors:
 def _rank(path: Path, rank: int | None, pairs: Sequence[Pair], most: int) -> int:
     if rank is None:
         return min(most, max(pair.a.shape[2] for pair in pairs))
-    if not 1 <= rank <= most:
+    rank = whole('rank', rank)
+    if rank > most:
         raise ValueError(f'at {path!r} rank must be from 1 to {most}; got {rank}')
     return rank

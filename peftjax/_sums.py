@@ -48,6 +48,8 @@ def combine(
             if isinstance(part, Lora):
                 phi = _pairs(chosen, mine, weighted, join, own)
                 part = part.of_ranks({path: own['a'].shape[-1] for path, own in phi.items()})
+                if dtypes := [own['a'].dtype for own in phi.values()]:
+                    part = dataclasses.replace(part, dtype=str(_widest(dtypes)))
             else:
                 phi = _changes(part, chosen, mine, weighted, mixing, own, leaves)
         methods[keys] = part

@@ -15,6 +15,7 @@ al., Editing Models with Task Arithmetic, 2022, arXiv:2212.04089).
 from collections.abc import Sequence
 
 from peftjax._joins import beside_each_other, factors, nearest, updates
+from peftjax._method import typed_key
 from peftjax._mixing import Mixing
 from peftjax._summable import Adapter, Adapters
 from peftjax._sums import combine
@@ -251,6 +252,7 @@ def dare(
     """
     if key is None:
         raise TypeError('what DARE drops is drawn from a key; got none. Give jax.random.key(…)')
+    key = typed_key(key)
     return _mixed(adapters, weights, Mixing('random', density, elect), on, rank, key, params)
 
 

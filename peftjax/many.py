@@ -8,7 +8,8 @@ one program, with theta held once:
 
 where `step` is any `pj.train_step` and `states` a stack of `pj.start(...)`: K seeds, K tasks (a
 batch each, or one for all with `in_axes=(None, 0, None)`), K learning rates
-(`optax.inject_hyperparams` keeps a rate in the state), K ranks (`pj.pad_ranks`). The loop is your
+(`optax.inject_hyperparams` keeps a rate in the state), K ranks (`pj.pad_ranks`). Models with
+`lax.ragged_dot`, as mixtures of experts have it, do not: JAX has no `vmap` of it. The loop is your
 own: `pj.fit` and `pj.Checkpoints` take one state. `pj.mixed` runs a batch whose rows have a phi
 each.
 """
@@ -54,7 +55,7 @@ def stack(trees: Sequence[PyTree], *, room: int | None = None) -> PyTree:
       >>> pj.stack(phis, room=4)['kernel']['a'][:, 0, 0]
       Array([ 0.,  1., nan, nan], dtype=float32)
     """
-    if isinstance(trees, Mapping):
+    if isinstance(trees, Mapping) or hasattr(trees, '_fields'):  # a state is a tuple too
         raise TypeError(f'a stack is made of a list of trees; got one {type(trees).__name__}')
     if not (trees := list(trees)):
         raise ValueError('a stack needs a tree at least; got none')
@@ -119,7 +120,12 @@ def swap(stacked: PyTree, index: int | Array, tree: PyTree) -> PyTree:
     count = size(stacked)
     members = {path: (shape[1:], dtype) for path, (shape, dtype) in _kinds(stacked).items()}
     _check_alike('a member of this stack', members, _kinds(tree))
-    if not isinstance(index, Tracer):
+    if isinstance(index, Tracer):
+        if index.shape or not jnp.issubdtype(index.dtype, jnp.integer):
+            raise TypeError(
+                f'a place must be an integer: received {index.dtype} of shape {index.shape}'
+            )
+    else:
         index = whole('a place', index, 0)
         if index >= count:
             raise ValueError(f'a stack of {count} has places 0 to {count - 1}; got {index}')

@@ -44,6 +44,9 @@ def mixed(
     which phi is data: another index, or other phi in a stack of the same size, compiles nothing.
     Gradients reach every phi from its own rows.
 
+    Not for models whose tokens are sorted by experts, as `models.Decoder` does with those of a
+    mixture: JAX has no `vmap` of `lax.ragged_dot`.
+
     Each row is computed alone: of what looks across rows (norms of a batch, losses that compare
     rows) it makes that of one row. A loss must give a number for each row.
 
@@ -202,8 +205,11 @@ def _checked(rows: Rows) -> Rows:
 
 def _gathered(phis: Phi, index: Array) -> Phi:
     """The phi of each row; NaN where there is none, negative places among them."""
-    index = index.astype(jnp.int32)  # a narrow one could not count the stack
-    known = jnp.where(index < 0, size(phis), index)
+    if index.dtype.itemsize <= 4:
+        index = index.astype(jnp.int32)  # a narrow one could not count the stack
+    own = np if isinstance(index, np.ndarray) else jnp  # JAX may cut a wide one of NumPy
+    nowhere = (index < 0) | (index >= size(phis))
+    known = own.where(nowhere, size(phis), index).astype(np.int32)
     take = lambda leaf: leaf.at[known].get(mode='fill', fill_value=jnp.nan)
     return jax.tree.map(take, phis)
 

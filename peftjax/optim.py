@@ -127,8 +127,8 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
         if not _pairs(params) and not _is_placeholder(params):
             keys = sorted(params) if isinstance(params, Mapping) else type(params).__name__
             raise ValueError(
-                'LoRA+ is for pairs of a and b, as Lora and Dora have them; phi has none, its keys '
-                f'are {keys}. Leave lora_plus out'
+                'LoRA+ is for pairs of a and b, as Lora and Dora have them; there are none, the '
+                f'keys are {keys}. Leave lora_plus out, or let the target find a and b'
             )
         return optax.EmptyState()
 

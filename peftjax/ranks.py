@@ -113,11 +113,13 @@ class Padded:
           stacked: as from `pad`.
 
         Raises:
-          ValueError: it does not hold as many as there are members.
+          ValueError: it does not hold as many as there are members, or not padded ones.
         """
         self._check_count(size(stacked))
+        phis = unstack(stacked)
+        self.peft._check_phi(phis[0])
         found = []
-        for member, phi in zip(self.members, unstack(stacked), strict=True):
+        for member, phi in zip(self.members, phis, strict=True):
             shapes = {path: shape for path, shape, _ in member.phi}
             cut = lambda path, x, shapes=shapes: x[tuple(map(slice, shapes[path]))]
             found.append(_paths.mapped(cut, phi))
@@ -129,9 +131,25 @@ class Padded:
         Args:
           phi: of one member, padded; of several under `jax.vmap`.
           scale: its entries of `scales`: one scalar each.
+
+        Returns:
+          Phi whose `b` have the dtypes of their scales: rounded to a narrow one, they would not be
+          those of the member.
+
+        Raises:
+          ValueError: a place of a low-rank product has no scale, another has one, or it is not one
+            scalar.
         """
+        places = {place for place, _ in _scales(self.peft)}
+        shapes = {place: jnp.shape(value) for place, value in scale.items()}
+        if odd := sorted(places ^ set(scale)) or sorted(p for p in places if shapes[p]):
+            said = f'shape {shapes[odd[0]]}' if odd[0] in shapes else 'none'
+            raise ValueError(
+                f'a member has one scalar for each low-rank product; got {said} at {odd[0]!r}. '
+                'Give its entries of padded.scales, under jax.vmap those of all'
+            )
         own = {f'{place}/b': value for place, value in scale.items()}
-        scaled = lambda path, x: x * own[path].astype(x.dtype) if path in own else x
+        scaled = lambda path, x: x.astype(own[path].dtype) * own[path] if path in own else x
         return _paths.mapped(scaled, phi)
 
     def _check_count(self, count: int) -> None:

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from peftjax._beside import beside, on_a_mesh
 from peftjax._counts import whole
 from peftjax._one_pass import wide
+from peftjax._scalar import scalar
 from peftjax._types import Array, Phi, PyTree
 from peftjax.losses import Loss
 
@@ -210,16 +210,6 @@ class _Jitted:
         return self._staying[where]
 
 
-def _scalar(loss: Any) -> Array:
-    if isinstance(loss, jax.Array | np.ndarray | np.generic) and jnp.ndim(loss) == 0:
-        return jnp.asarray(loss)
-    shape = f' of shape {jnp.shape(loss)}' if isinstance(loss, jax.Array) else ''
-    raise TypeError(
-        f'a loss must be a scalar, or a pj.Loss: received {type(loss).__name__}{shape}. Take a '
-        'mean, and leave out what is beside it'
-    )
-
-
 Gradient = Callable[[PyTree, Phi, Any, Array], tuple[Loss, Phi]]
 """`gradient(params, phi, batch, key)` to a total with its count, and the gradient of the total."""
 
@@ -229,7 +219,7 @@ def _gradient(loss_fn: LossFn) -> Gradient:
         loss = loss_fn(params, phi, batch, key)
         if isinstance(loss, Loss):
             return loss
-        total = _scalar(loss)
+        total = scalar(loss)
         return total, jnp.ones((), wide(total.dtype))
 
     both = jax.value_and_grad(summed, has_aux=True)

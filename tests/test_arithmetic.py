@@ -330,6 +330,10 @@ def test_what_cannot_be_summed():
         arithmetic.linear(both[0], [1.0])
     with pytest.raises(TypeError, match=r'adapter 1 must be \(peft, phi\)'):
         arithmetic.linear([both[0], both[0][1]], [1.0, 1.0])
+    with pytest.raises(TypeError, match='one typed PRNG key'):
+        arithmetic.dare(both, [1.0, 1.0], key=jax.random.PRNGKey(0), density=0.5)
+    with pytest.raises(TypeError, match='rank must be an integer: received True'):
+        arithmetic.svd(both, [1.0, 1.0], rank=True)
     with pytest.raises(TypeError, match='DARE drops is drawn from a key'):
         arithmetic.dare(both, [1.0, 1.0], key=None, density=0.5)
     other = attached(pj.Lora(rank=2, target='query/kernel'))
@@ -375,3 +379,12 @@ def test_arguments_are_checked():
     wrong("got rank=2. Use on='update'", lambda: prune(density=0.5, rank=2))
     ties = functools.partial(arithmetic.ties, both, [1, 1], params=case.params, density=0.5)
     wrong("elect must be one of .* got 'mean'", lambda: ties(elect='mean'))
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_sum_of_narrow_and_wide_is_wide_in_its_plan_too(order):
+    pairs = [attached(pj.Lora(rank=2, target='query', dtype=d)) for d in ('bfloat16', 'float32')]
+    peft, phi = arithmetic.linear(pairs[::order], [1.0, 1.0])
+    assert peft.method.dtype == 'float32'
+    base = pj.base_phi(peft, MODELS['plain'].params)
+    pj.stack([base, phi])

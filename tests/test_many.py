@@ -171,6 +171,18 @@ def test_scales_are_as_wide_as_phi():
         assert scales.dtype == jnp.float64 and scales.tolist() == [1 / 3, 1]
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_a_narrow_phi_is_not_rounded_by_its_scale(dtype):
+    """Of scales that no narrow dtype holds: what it computes is that of the member alone."""
+    pefts = [attached(rank=rank, alpha=1.0, dtype=dtype) for rank in (3, 1)]
+    padded, phis = pj.pad_ranks(pefts), [fresh(i, peft) for i, peft in enumerate(pefts)]
+    forward = padded.peft.wrap(model)
+    one = lambda phi, scale: forward(PARAMS, padded.scaled(phi, scale), X[0])
+    together = jax.vmap(one)(padded.pad(phis), padded.scales)
+    for peft, phi, found in zip(pefts, phis, together, strict=True):
+        np.testing.assert_allclose(found, peft.wrap(model)(PARAMS, phi, X[0]), rtol=2e-6, atol=2e-6)
+
+
 def test_theta_is_held_once():
     """Every K gets the same theta, and the compiled program takes it once."""
 
@@ -248,6 +260,8 @@ def test_a_place_that_only_a_program_knows():
     swap = jax.jit(pj.swap)
     found = {place: swap(stacked, place, new)['a'][:, 0].tolist() for place in (-1, 1, 2)}
     assert found == {-1: [0.0, 1.0], 1: [0.0, 5.0], 2: [0.0, 1.0]}
+    for place in (0.6, True, jnp.array([0, 1])):
+        wrong('a place must be an integer', lambda p=place: swap(stacked, p, new), TypeError)
 
 
 def wrong(message, call, kind=ValueError):
@@ -276,6 +290,7 @@ def test_what_cannot_be_stacked():
     )
     wrong('3 trees need room for as many; got room=2', lambda: pj.stack([phi] * 3, room=2))
     state = pj.start(TX, phi, jax.random.key(0))
+    wrong('a list of trees; got one TrainState', lambda: pj.stack(state), TypeError)
     wrong('room is for arrays of floats', lambda: pj.stack([state], room=2))
 
 
@@ -316,3 +331,9 @@ def test_what_cannot_be_padded():
     wrong('a phi for each of 2; got 1', lambda: padded.pad([fresh(0)]))
     wrong('a phi for each of 2; got 3', lambda: padded.cut(pj.stack([fresh(0)] * 3)))
     wrong('phi must be of the model', lambda: padded.pad([fresh(0), fresh(0)]))
+    wrong('phi must be of the model', lambda: padded.cut(pj.stack([fresh(0)] * 2)))
+    phi, scales = fresh(0, padded.members[1]), dict.fromkeys(padded.scales, 2.0)
+    lacking = {'up/kernel': 2.0}
+    wrong("one scalar .* got none at 'down/kernel'", lambda: padded.scaled(phi, lacking))
+    wrong(r"got shape \(\) at 'UP'", lambda: padded.scaled(phi, {**scales, 'UP': 2.0}))
+    wrong(r"got shape \(2,\) at 'down/kernel'", lambda: padded.scaled(phi, padded.scales))

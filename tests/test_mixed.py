@@ -277,7 +277,7 @@ def test_a_place_that_is_not_there_shows():
     assert jnp.isfinite(out).all(axis=(1, 2)).tolist() == [True, False, False, True]
 
 
-def test_a_narrow_index_counts_a_large_stack():
+def test_an_index_is_as_narrow_or_wide_as_it_is():
     params, x = {'w': jnp.eye(3)}, jnp.ones((4, 3))
     model = lambda params, x: x @ params['w']
     peft = pj.attach(pj.Ia3(target='w'), model, params, x)
@@ -285,6 +285,9 @@ def test_a_narrow_index_counts_a_large_stack():
     index = jnp.array([0, 100, 127, -1], jnp.int8)
     out = pj.mixed(peft, model)(params, pj.Rows(phis, index), x)
     np.testing.assert_array_equal(out[:, 0], [0, 100, 127, np.nan])
+    wide = np.array([2, 2**32, 2**32 + 1, -(2**32)])  # 0, 1 and 0 in their lower half
+    out = pj.mixed(peft, model)(params, pj.Rows(phis, wide), x)
+    np.testing.assert_array_equal(out[:, 0], [2, np.nan, np.nan, np.nan])
 
 
 def test_what_is_no_mixed_batch():

@@ -182,7 +182,7 @@ def test_lora_plus_for_one_method_of_a_chain():
         walk(optax.chain(optax.sgd(0.1), pj.lora_plus(4)), CHAIN)
     )
     wrong = pj.chain_optimizer({'lora': optax.sgd(0.1), 'head': pj.lora_plus(4)})
-    with pytest.raises(ValueError, match='phi has none'):
+    with pytest.raises(ValueError, match='there are none, the keys are'):
         wrong.init(CHAIN)
 
 

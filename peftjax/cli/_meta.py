@@ -50,7 +50,7 @@ def _check(
     learned_on: Shape,
 ) -> None:
     """Refuses tasks that the files have too few labels or texts for, before any work."""
-    parts = {name: _ground.Part(name, own.labels, 0) for name, own in examples.items()}
+    parts = {name: _ground.Part(name, own.labels, own.names, 0) for name, own in examples.items()}
     for way, shape in todo:
         for name in ('valid', 'test'):
             parts[name].drawn(shape, queries=options.queries, tasks=1, seed=0)

@@ -95,7 +95,8 @@ class Episodes(Iterator[Episode]):
         numbers = {'ways': ways, 'shots': shots, 'queries': queries, 'tasks': tasks}
         self._numbers = {name: whole(name, number) for name, number in numbers.items()}
         seed, own = whole('seed', seed, 0), _labels(labels)
-        self._members, self._sizes = _members(own, self._numbers['ways'], shots + queries)
+        each = self._numbers['shots'] + self._numbers['queries']
+        self._members, self._sizes = _members(own, self._numbers['ways'], each)
         self._first = np.cumsum(self._sizes) - self._sizes
         self._rows, self._seed, self._next = rows, seed, 0
         digest = hashlib.sha256(own.astype(np.int64).tobytes()).hexdigest()
@@ -132,7 +133,7 @@ class Episodes(Iterator[Episode]):
                     f'the state is of other episodes: {name} was {state.get(name)!r} and is '
                     f'{own!r} now. Go on with the same labels, numbers and seed, or start anew.'
                 )
-        self._next = whole("the state's next", state['next'], 0)
+        self._next = whole("the state's next", state.get('next'), 0)
 
 
 def episode(labels: ArrayLike, support: ArrayLike, query: ArrayLike) -> Episode:
@@ -178,7 +179,8 @@ def _labels(labels: ArrayLike) -> np.ndarray:
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
         raise ValueError(
             'labels must be one integer for each example: received '
-            f'{found.dtype} of shape {found.shape}.'
+            f'{found.dtype} of shape {found.shape}. Number them, as by '
+            'np.unique(names, return_inverse=True)[1].'
         )
     return found
 
@@ -227,12 +229,14 @@ def _check_positions(name: str, index: np.ndarray, n: int) -> None:
     if index.ndim != 1 or not index.size or not np.issubdtype(index.dtype, np.integer):
         raise ValueError(
             f'the {name} must be a list of positions, at least one: received {index.dtype} of '
-            f'shape {index.shape}.'
+            f'shape {index.shape}. Choose some.'
         )
     if index.min() < 0 or index.max() >= n:
         raise ValueError(
             f'the {name} must be positions from 0 to {n - 1}: received {index.min()} to '
-            f'{index.max()}.'
+            f'{index.max()}. Count them from 0.'
         )
     if len(np.unique(index)) < len(index):
-        raise ValueError(f'the {name} must not have an example twice: received {index.tolist()}.')
+        raise ValueError(
+            f'the {name} must not have an example twice: received {index.tolist()}. Leave one out.'
+        )

@@ -10,6 +10,7 @@ from jax import lax
 
 from peftjax import _paths
 from peftjax._counts import whole
+from peftjax._scalar import scalar
 from peftjax._types import Array, Phi, PyTree, Target
 from peftjax.losses import Loss
 from peftjax.train import LossFn
@@ -34,7 +35,8 @@ def adapter(
       loss: `loss(params, phi, batch, key)` to a scalar, or to a `Loss`, whose mean is minimized.
       tx: the inner optimizer. What is differentiated through must have a derivative: Adam's square
         root has none at zero, where the gradient of LoRA's `a` is while `b` is zero, so give it
-        an `eps_root`, as `optax.adam(1e-3, eps_root=1e-8)`.
+        an `eps_root`, as `optax.adam(1e-3, eps_root=1e-8)`. It is told the loss, as
+        `optax.polyak_sgd` needs it; a line search, which needs the function, does not run.
       steps: how many; each sees all of the support. A loss may draw a part of it from its key.
       target: regex, or several, searched in the paths of phi's leaves: those alone adapt.
 
@@ -43,7 +45,8 @@ def adapter(
 
     Raises:
       ValueError: `steps` is not positive, or (when called) a target finds nothing.
-      TypeError: `target` is no regular expression and not several of them.
+      TypeError: `target` is no regular expression and not several of them; (when called) the loss
+        is no scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -75,15 +78,15 @@ def loop(
     whole('steps', steps)
     if target is not None:
         _paths.patterns(target)
+    informed = optax.with_extra_args_support(tx)
 
     def go(params: PyTree, phi: Phi, state: Any, support: Any, key: Array) -> tuple[Phi, Any]:
         def step(carry: Any, i: Array) -> tuple[Any, None]:
             mine, state = carry
             own = jax.random.fold_in(key, i)
-            grads = jax.grad(lambda mine: value(loss, params, joined(mine, phi), support, own))(
-                mine
-            )
-            updates, state = tx.update(grads, state, mine)
+            of = lambda mine: value(loss, params, joined(mine, phi), support, own)
+            found, grads = jax.value_and_grad(of)(mine)
+            updates, state = informed.update(grads, state, mine, value=found)
             return (optax.apply_updates(mine, updates), state), None
 
         # a scan is no place where XLA could find the same computation twice
@@ -118,9 +121,13 @@ def begun(begin: Begin | None, params: PyTree, phi: Phi, support: Any, key: Arra
 
 
 def value(loss: LossFn, params: PyTree, phi: Phi, batch: Any, key: Array) -> Array:
-    """A loss as the scalar that is minimized."""
+    """A loss as the scalar that is minimized.
+
+    Raises:
+      TypeError: it is none.
+    """
     found = loss(params, phi, batch, key)
-    return found.mean if isinstance(found, Loss) else found
+    return found.mean if isinstance(found, Loss) else scalar(found)
 
 
 def chosen(target: Target | None, phi: Phi) -> Any:

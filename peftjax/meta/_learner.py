@@ -18,6 +18,10 @@ class Learner(NamedTuple):
     Tasks are split over devices as batches are: by a sharding of their first axis. What is in
     memory at once is all tasks of a batch, or of a part where `train_step` accumulates.
 
+    What is differentiated is phi. FOMAML, Reptile and iMAML say themselves what their gradient is,
+    and have none, zero, with respect to theta and tasks; in their losses nothing else may be
+    differentiated that a loss closes over.
+
     Attributes:
       init: `init(phi) -> meta_phi`, what is trained: phi itself, but for Meta-SGD, which puts its
         rates beside it, and Reptile with `carry`, which puts its inner optimizer's state there.
@@ -112,7 +116,7 @@ def _check(tasks: Any) -> None:
 
     Raises:
       TypeError: they are no pair.
-      ValueError: the leaves are not as many.
+      ValueError: the leaves are not as many, or there is no task.
     """
     if not isinstance(tasks, tuple) or len(tasks) != 2:
         found = f'{len(tasks)} of them' if isinstance(tasks, tuple) else type(tasks).__name__
@@ -122,9 +126,9 @@ def _check(tasks: Any) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tasks)
     }
     counts = {shape[:1] for shape in shapes.values()}
-    if len(counts) != 1 or counts == {()}:
+    if len(counts) != 1 or counts <= {(), (0,)}:
         said = ', '.join(f'{shape} at tasks{path}' for path, shape in shapes.items())
         raise ValueError(
-            f'leaves of tasks must be (tasks, ...), as many for all of them: received {said}. One '
-            'task is given with an axis of one in front'
+            f'leaves of tasks must be (tasks, ...), at least one and as many for all of them: '
+            f'received {said}. One task is given with an axis of one in front'
         )

@@ -3,6 +3,7 @@
 Rajeswaran et al., Meta-Learning with Implicit Gradients, 2019, arXiv:1909.04630.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from peftjax._counts import whole
 from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.meta._inner import Adapt, inner, value
@@ -45,7 +47,8 @@ def imaml(
       The learner; what it trains is phi, and its `adapt` solves the inner problem.
 
     Raises:
-      ValueError: `steps`, `solver_steps` or `strength` is not positive, or as of `maml`.
+      ValueError: `steps`, `solver_steps` or `strength` is not positive or `strength` infinite, or
+        as of `maml`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -58,11 +61,9 @@ def imaml(
 
     Reference: Rajeswaran et al., 2019, arXiv:1909.04630, equations 3 and 6, algorithm 2.
     """
-    if not strength > 0 or solver_steps < 1:
-        raise ValueError(
-            f'strength must be positive and solver_steps at least 1: received {strength} and '
-            f'{solver_steps}'
-        )
+    if not 0 < strength < math.inf:
+        raise ValueError(f'strength must be a positive number: received {strength}')
+    whole('solver_steps', solver_steps)
     adapt = _held(loss, tx, steps, strength)
 
     def implicit(params: PyTree, phi: Phi, task: tuple[Any, Any], key: Array) -> tuple[Array, Phi]:

@@ -3,6 +3,7 @@
 Snell et al., Prototypical Networks for Few-shot Learning, 2017, arXiv:1703.05175.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from peftjax._counts import whole
 from peftjax._one_pass import wide
 from peftjax._types import Array, Phi, PyTree
 from peftjax.meta._learner import over_tasks
@@ -56,9 +58,9 @@ def prototypical(
       Loss, prototypes of a task, and logits by them.
 
     Raises:
-      ValueError: `ways` is not at least 2, `scale` is not positive, another distance; (when called)
-        as of `prototypes` and `logits`.
-      TypeError: (when called) tasks or one of their halves are no pair.
+      ValueError: `ways` is not at least 2, `scale` is not positive and finite, another distance;
+        (when called) as of `prototypes` and `logits`.
+      TypeError: `ways` is no integer; (when called) tasks or one of their halves are no pair.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,8 +77,9 @@ def prototypical(
 
     Reference: Snell et al., 2017, arXiv:1703.05175, equations 1 and 2.
     """
-    if ways < 2 or not scale > 0:
-        raise ValueError(f'ways must be at least 2 and scale positive: received {ways} and {scale}')
+    ways = whole('ways', ways, 2)
+    if not 0 < scale < math.inf:
+        raise ValueError(f'scale must be a positive number: received {scale}')
     _check(distance)
 
     def means_of(params: PyTree, phi: Phi, support: Any, key: Array) -> Array:
@@ -102,7 +105,7 @@ def prototypical(
 
 
 def _cross_entropy(found: Array, labels: Array) -> Array:
-    """Its mean over the rows that have a class; NaN where a label is of none."""
+    """Its mean over the rows that have a class, zero of none; NaN where a label is another."""
     if labels.shape != found.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f'labels of a query must be integers (rows,): received {labels.dtype} of shape '
@@ -112,7 +115,7 @@ def _cross_entropy(found: Array, labels: Array) -> Array:
     none = labels == -1
     index = jnp.where(none, 0, jnp.where(labels < 0, ways, labels))
     said = jnp.take_along_axis(jax.nn.log_softmax(found), index[:, None], -1)[:, 0]
-    return -jnp.where(none, 0, said).sum() / (~none).sum(dtype=said.dtype)
+    return -jnp.where(none, 0, said).sum() / jnp.maximum((~none).sum(dtype=said.dtype), 1)
 
 
 def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
@@ -129,7 +132,8 @@ def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
 
     Raises:
       ValueError: a class has no rows or a label is another, where labels have values; labels are no
-        integers, or shapes do not fit.
+        integers, embeddings no floats, `ways` is not positive, or shapes do not fit.
+      TypeError: `ways` is no integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,6 +145,12 @@ def prototypes(embeddings: Array, labels: Array, ways: int) -> Array:
             'embeddings must be (rows, width) and labels (rows,): received '
             f'{embeddings.shape} and {labels.shape}'
         )
+    if not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ValueError(
+            f'embeddings must be floats: received {embeddings.dtype}, which has no means. Convert '
+            'them'
+        )
+    ways = whole('ways', ways)
     _check_labels(labels, ways)
     labels = labels.astype(jnp.int32)
     member = labels[None] == jnp.arange(ways, dtype=jnp.int32)[:, None]
@@ -200,7 +210,7 @@ def _check(distance: str) -> None:
 
 def _check_labels(labels: Array, ways: int) -> None:
     """Refuses a support without a class, where its labels have values."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f'labels must be integers (rows,): received {labels.dtype} of shape {labels.shape}'
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from peftjax._counts import whole
 from peftjax._types import Array, Phi, PyTree, Target
 from peftjax.meta._inner import Begin, begun, chosen, inner, loop, value
 from peftjax.meta._learner import Learner, over_tasks, parts, with_own_gradient
@@ -62,7 +63,7 @@ def reptile(
 
     Reference: Nichol et al., 2018, arXiv:1803.02999, section 3, algorithm 2 (batched).
     """
-    if steps < 2:
+    if whole('steps', steps) < 2:
         raise ValueError(
             f'Reptile needs at least 2 steps: received {steps}. After one, its gradient is that of '
             'training on all tasks together'

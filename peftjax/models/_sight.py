@@ -86,7 +86,7 @@ def find_places(
     if shape[1] > slots:
         raise ValueError(f'the cache must have a slot for every token: {shape[1]} > {slots}.')
     real = jnp.ones(shape, jnp.bool_) if real is None else real
-    mask = lax.dynamic_update_slice(cache.mask, real, (0, cache.index))
+    mask = lax.dynamic_update_slice_in_dim(cache.mask, real, cache.index, axis=1)
     rank = _before(mask)
     own = lax.dynamic_slice_in_dim(rank, cache.index, shape[1], axis=1)
     places = Places(

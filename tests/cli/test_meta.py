@@ -253,10 +253,11 @@ WRONG = {
     '--methods lora,lora': 'a method twice',
     '--beside lorra': "unknown method 'lorra'. Methods: nearest, logistic",
     '--ways 3': '--valid: a task of ways=3 needs as many classes: there are 2',
-    '--shots 9': '--valid: every class needs at least shots + queries = 11 examples',
-    '--meta-shots 9': '--train: every class needs at least shots + queries = 13 examples',
+    '--shots 9': '--valid: every label needs at least 11 texts, for shots and queries: ',
+    '--meta-shots 9': '--train: every label needs at least 13 texts, for shots and queries: ',
+    '--ways 1': 'must be numbers of labels from 2 up',
     '--methods maml --meta-shots 6 --meta-queries 1':
-        '--valid: every class needs at least shots + queries = 8 examples',
+        '--valid: every label needs at least 8 texts, for shots and queries: ',
     '--ways 2,2': "must be different numbers; got '2,2'",
     '--steps -1': "must be a whole number from 0 up; got '-1'",
     '--steps 1,x': "must be a whole number from 0 up; got 'x'",
@@ -264,7 +265,7 @@ WRONG = {
     '--sharpness 0': "must be a number above 0; got '0'",
     '--episodes 0': "must be a whole number from 1 up; got '0'",
     '--methods reptile --meta-shots 2 --meta-queries 5':
-        '--train: every class needs at least shots + queries = 8 examples',
+        '--train: every label needs at least 8 texts, for shots and queries: ',
     '--methods reptile --inner-steps 1': '--inner-steps must be 2 or more for reptile, got 1',
     '--methods maml --meta-ways 1': '--meta-ways must be 2 or more, and so must be the labels',
 }  # fmt: skip

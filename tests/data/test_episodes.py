@@ -104,9 +104,14 @@ def test_a_state_of_other_episodes_is_refused():
     [
         ({'ways': 7}, r'ways=7 needs as many classes: there are 6'),
         ({'queries': 6}, r'shots \+ queries = 8 examples: class 3 has 7 \(6 of 6 classes'),
+        # the sum of two of these is 2 in their own eight bits
+        (
+            {'shots': np.uint8(128), 'queries': np.uint8(130)},
+            r'shots \+ queries = 258 examples: class 3 has 7',
+        ),
         ({'shots': 0}, 'shots must be at least 1: received 0'),
         ({'tasks': 0}, 'tasks must be at least 1: received 0'),
-        ({'labels': LABELS / 2}, 'one integer for each example: received float64'),
+        ({'labels': LABELS / 2}, r'one integer for each example: received float64 .* Number them'),
         ({'labels': LABELS.reshape(6, 7)}, r'received int64 of shape \(6, 7\)'),
     ],
 )
@@ -131,6 +136,8 @@ def test_integers_of_numpy_are_those_of_python():
         made.restore({**made.state(), 'next': -5})
     with pytest.raises(ValueError, match='seed must be at least 0: received -1'):
         make(seed=-1)
+    with pytest.raises(TypeError, match="the state's next must be an integer: received None"):
+        made.restore({name: own for name, own in made.state().items() if name != 'next'})
 
 
 def test_a_task_of_chosen_examples():

@@ -120,7 +120,15 @@ def test_memory_does_not_depend_on_the_inner_steps():
     assert temporaries(64) <= temporaries(4) + 1024
 
 
-@pytest.mark.parametrize('how', [{'strength': 0.0}, {'strength': 1.0, 'solver_steps': 0}])
-def test_what_has_no_solution_is_refused(how):
-    with pytest.raises(ValueError, match='strength must be positive and solver_steps at least 1'):
+@pytest.mark.parametrize(
+    ('how', 'error', 'said'),
+    [
+        ({'strength': 0.0}, ValueError, 'strength must be a positive number: received 0'),
+        ({'strength': jnp.inf}, ValueError, 'strength must be a positive number: received inf'),
+        ({'strength': 1.0, 'solver_steps': 0}, ValueError, 'solver_steps must be at least 1'),
+        ({'strength': 1.0, 'solver_steps': 2.5}, TypeError, 'solver_steps must be an integer'),
+    ],
+)
+def test_what_has_no_solution_is_refused(how, error, said):
+    with pytest.raises(error, match=said):
         pj.meta.imaml(quadratic, optax.sgd(0.1), steps=1, **how)

@@ -8,6 +8,7 @@ import pytest
 import quick
 import small
 from cases import first_everywhere
+from jax import lax
 
 import peftjax as pj
 
@@ -176,6 +177,61 @@ def test_what_makes_no_inner_loop_is_refused(how, error, said):
             make(loss, optax.sgd(0.1), **how)
 
 
+@pytest.mark.parametrize('first_order', [False, True])
+def test_an_inner_optimizer_is_told_the_loss(first_order):
+    """Polyak's rate is the loss over the square of its gradient."""
+    params, phi, loss = small.make()
+    tasks, tx = small.tasks(), optax.polyak_sgd(max_learning_rate=0.3)
+    learner = pj.meta.maml(loss, tx, steps=2, first_order=first_order)
+
+    def unrolled(phi, task, key):
+        support, query = task
+        state, own = tx.init(phi), phi
+        for i in range(2):
+            of = lambda own, i=i: loss(params, own, support, jax.random.fold_in(key, i))
+            found, grads = jax.value_and_grad(of)(own)
+            updates, state = tx.update(grads, state, own, value=found)
+            own = optax.apply_updates(own, updates)
+        if first_order:
+            own = jax.tree.map(lambda own, phi: phi + lax.stop_gradient(own - phi), own, phi)
+        return loss(params, own, query, jax.random.fold_in(key, 2))
+
+    def mean(phi):
+        each = lambda i: unrolled(phi, small.task(tasks, i), jax.random.fold_in(KEY, i))
+        return sum(map(each, range(small.TASKS))) / small.TASKS
+
+    found = jax.grad(learner.loss, argnums=1)(params, phi, tasks, KEY)
+    small.assert_close(dict(found), dict(jax.jit(jax.grad(mean))(phi)), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ('make', 'said'),
+    [
+        (lambda loss: loss[None], r'received .*Tracer of shape \(1,\). Take a mean'),
+        (lambda loss: (loss, 1), 'received tuple. Take a mean, and leave out'),
+        (lambda loss: None, 'received NoneType'),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_refused(make, said):
+    """A mean over what a query alone has one for each row of would be silent."""
+    params, phi, loss = small.make()
+    sgd, rows = optax.sgd(0.1), len(small.tasks()[1][1][0])
+    own = lambda params, phi, batch, key: (
+        make(loss(params, phi, batch, key)) if len(batch[1]) == rows
+        else loss(params, phi, batch, key)
+    )  # fmt: skip
+    learners = [
+        pj.meta.maml(own, sgd, steps=1),
+        pj.meta.maml(own, sgd, steps=1, first_order=True),
+        pj.meta.reptile(own, sgd, steps=2),
+        pj.meta.imaml(own, sgd, steps=1, strength=1.0),
+        pj.meta.meta_sgd(own, rate=0.1),
+    ]
+    for learner in learners:
+        with pytest.raises(TypeError, match=said):
+            learner.loss(params, learner.init(phi), small.tasks(), KEY)
+
+
 def test_what_are_no_tasks_is_refused():
     params, phi, loss = small.make()
     learner, tasks = pj.meta.maml(loss, optax.sgd(0.1), steps=1), small.tasks()
@@ -187,6 +243,8 @@ def test_what_are_no_tasks_is_refused():
         run({'support': support, 'query': query})
     with pytest.raises(ValueError, match=r'as many for all .*\(2, 9, 4\) at tasks\[1\]\[0\]'):
         run((support, jax.tree.map(lambda x: x[:2], query)))
+    with pytest.raises(ValueError, match=r'at least one .* received \(0, 6, 4\) at tasks\[0\]'):
+        run(jax.tree.map(lambda x: x[:0], tasks))
     with pytest.raises(ValueError, match=r"no leaf matches target='hed'. Nearest: 'head/kernel/a'"):
         nothing = pj.meta.maml(loss, optax.sgd(0.1), steps=1, target='hed')
         nothing.loss(params, phi, tasks, KEY)

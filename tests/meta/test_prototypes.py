@@ -130,6 +130,7 @@ def test_rows_of_a_query_that_only_fill_up_do_not_count():
         PARAMS, PHI, (one(small.drawn(3, 6, 4), few), one(x, labels)), KEY
     )
     np.testing.assert_allclose(loss(x, labels), loss(x[:5], labels[:5]), rtol=1e-6)
+    assert loss(x, jnp.full(6, -1)) == 0  # a task that only fills up
     assert jnp.isnan(loss(x, labels.at[0].set(3))) and jnp.isnan(loss(x, labels.at[0].set(-2)))
     with pytest.raises(ValueError, match=r'labels of a query .* int32 of shape \(1,\) for 6 rows'):
         loss(x, labels[:1])
@@ -141,7 +142,25 @@ def test_rows_of_a_query_that_only_fill_up_do_not_count():
     ('call', 'error', 'said'),
     [
         (lambda: pj.meta.prototypical(embed, ways=1), ValueError, 'ways must be at least 2'),
-        (lambda: pj.meta.prototypical(embed, ways=2, scale=0), ValueError, 'scale positive'),
+        (
+            lambda: pj.meta.prototypical(embed, ways=2, scale=0),
+            ValueError,
+            'scale must be a positive',
+        ),
+        (lambda: pj.meta.prototypical(embed, ways=2, scale=jnp.inf), ValueError, 'received inf'),
+        (lambda: pj.meta.prototypical(embed, ways=2.5), TypeError, 'ways must be an integer'),
+        (
+            lambda: pj.meta.prototypes(jnp.ones((2, 2), jnp.int32), jnp.arange(2), 2),
+            ValueError,
+            'embeddings must be floats: received int32',
+        ),
+        (
+            lambda: pj.meta.prototypical(embed, ways=3).adapt(
+                PARAMS, PHI, (jnp.ones((3, 4)), jnp.zeros((3, 1), jnp.int32)), KEY
+            ),
+            ValueError,
+            r'labels must be integers \(rows,\): received int32 of shape \(3, 1\)',
+        ),
         (
             lambda: pj.meta.prototypical(embed, ways=2, distance='manhattan'),
             ValueError,

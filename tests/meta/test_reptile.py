@@ -141,5 +141,7 @@ def test_a_state_of_another_learner_or_of_one_that_draws_is_refused():
 
 
 def test_one_step_is_refused():
+    with pytest.raises(TypeError, match="steps must be an integer: received '2'"):
+        pj.meta.reptile(None, optax.sgd(0.1), steps='2')
     with pytest.raises(ValueError, match='at least 2 steps: received 1. After one'):
         pj.meta.reptile(lambda params, phi, batch, key: 0.0, optax.sgd(0.1), steps=1)

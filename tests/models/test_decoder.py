@@ -314,3 +314,13 @@ def test_models_are_hashable_and_can_be_jitted():
     one, _ = build()
     two = Decoder(dataclasses.replace(one.config))
     assert hash(one) == hash(two) and one == two and one.apply_fn == one.apply_fn
+
+
+def test_a_cache_is_read_in_double_precision_mode():
+    model, params = build()
+    whole = jit(model.apply_fn)(params, IDS)
+    with jax.enable_x64(True):
+        logits, cache = model.apply_fn(params, IDS[:, :4], cache=model.init_cache(2, 8))
+        token, _ = model.apply_fn(params, IDS[:, 4:5], cache=cache)
+    close(logits, whole[:, :4])
+    close(token[:, 0], whole[:, 4])

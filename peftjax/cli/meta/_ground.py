@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +37,13 @@ class Part(NamedTuple):
     Attributes:
       option: that named the file.
       labels: `(n,)` integers.
+      names: of the labels, by number.
       first: position of its first text among those of all files.
     """
 
     option: str
     labels: np.ndarray
+    names: Sequence[str]
     first: int
 
     def episodes(
@@ -54,10 +56,22 @@ class Part(NamedTuple):
         """
         numbers = {'ways': ways, 'shots': shots, 'queries': queries, 'tasks': tasks, 'seed': seed}
         rows = lambda index: index + np.int32(self.first)
+        self._check(shots + queries)
         try:
             return data.Episodes(self.labels, **numbers, rows=rows)
         except ValueError as error:
             raise ValueError(f'--{self.option}: {error}') from error
+
+    def _check(self, each: int) -> None:
+        """Refuses labels of too few texts by their names, which `Episodes` does not know."""
+        counts = np.bincount(self.labels, minlength=len(self.names))
+        few = [(name, n) for name, n in zip(self.names, counts, strict=True) if n < each]
+        if few:
+            raise ValueError(
+                f'--{self.option}: every label needs at least {each} texts, for shots and queries: '
+                f'{few[0][0]!r} has {few[0][1]} ({len(few)} of {len(counts)} labels have too few). '
+                'Ask for fewer, or leave those labels out'
+            )
 
     def drawn(self, shape: Shape, *, queries: int, tasks: int, seed: int) -> data.Episode:
         """So many tasks; the same for the same seed."""
@@ -122,7 +136,7 @@ def load(options: argparse.Namespace, examples: dict[str, data.Examples]) -> Gro
     loaded, tokenizer = models.load_encoder(folder), models.load_tokenizer(folder)
     texts, parts = [], {}
     for name, own in examples.items():
-        parts[name] = Part(name, own.labels, len(texts))
+        parts[name] = Part(name, own.labels, own.names, len(texts))
         texts += own.texts
     # every multiple of eight: with few rows of few tokens, padding is most of what is computed
     lengths = range(8, options.max_tokens + 8, 8)

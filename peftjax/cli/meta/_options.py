@@ -51,7 +51,7 @@ def add(sub: argparse.ArgumentParser) -> None:
 
 def _tasks(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group('tasks')
-    group.add_argument('--ways', type=_counts, default='5', help='labels, as 5,10 (%(default)s)')
+    group.add_argument('--ways', type=_ways, default='5', help='labels, as 5,10 (%(default)s)')
     group.add_argument(
         '--shots', type=_counts, default='1,5', help='examples of each to adapt on (%(default)s)'
     )
@@ -109,6 +109,13 @@ def _list(parser: argparse.ArgumentParser) -> NoReturn:
 
 def _counts(text: str) -> list[int]:
     return _different(text, [count(one.strip()) for one in text.split(',')])
+
+
+def _ways(text: str) -> list[int]:
+    found = _counts(text)
+    if min(found) < 2:
+        raise argparse.ArgumentTypeError(f'must be numbers of labels from 2 up; got {text!r}')
+    return found
 
 
 def _steps(text: str) -> list[int]:
