@@ -19,8 +19,7 @@ class Mixing:
     Attributes:
       prune: `magnitude` keeps the largest entries of each tensor, `random` draws which to keep and
         scales them up; else all are kept.
-      density: the part of the entries that is kept; by `magnitude` a whole number of them, rounded
-        down as in PEFT, of few entries perhaps none.
+      density: the part of the entries that is kept.
       elect: the sign of an entry is that of the sum (`total`), or that which more tensors have
         (`frequency`); those of the other sign are left out of its mean. Else all are summed.
     """

@@ -106,6 +106,7 @@ def svd(
 
     Raises:
       ValueError: as `linear`, or `rank` is more than the sum of the ranks, or than a weight has.
+      TypeError: `rank` is no integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -136,7 +137,8 @@ def magnitude_prune(
     Args:
       adapters: plans with their phi, of the same sites; for `factors` of the same ranks.
       weights: one for each; negative ones take back.
-      density: the part of the entries that is kept, layer by layer.
+      density: the part of the entries that is kept, layer by layer; their number is rounded down,
+        as in PEFT, and of few entries there may be none.
       on: `factors` prunes and sums `a` and `b` apart, as `linear`; `update` does so with the
         products, which are formed for this, and decomposes the sum.
       rank: of the decomposition; else at each site the largest of the adapters.
@@ -177,7 +179,8 @@ def ties(
     Args:
       adapters: plans with their phi, of the same sites; for `factors` of the same ranks.
       weights: one for each, which multiply after the election.
-      density: the part of the entries that is kept, layer by layer.
+      density: the part of the entries that is kept, layer by layer; their number is rounded down,
+        as in PEFT, and of few entries there may be none.
       elect: `total` takes the sign of the sum, `frequency` that of more adapters.
       on: `factors`, or `update` with a decomposition; see `magnitude_prune`.
       rank: of the decomposition; else at each site the largest of the adapters.
@@ -235,6 +238,7 @@ def dare(
 
     Raises:
       ValueError: as `ties`.
+      TypeError: `key` is not one typed key.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax as pj
@@ -250,10 +254,8 @@ def dare(
     Reference: Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous
     Models as a Free Lunch, 2023, arXiv:2311.03099, section 3.
     """
-    if key is None:
-        raise TypeError('what DARE drops is drawn from a key; got none. Give jax.random.key(…)')
-    key = typed_key(key)
-    return _mixed(adapters, weights, Mixing('random', density, elect), on, rank, key, params)
+    mixing = Mixing('random', density, elect)
+    return _mixed(adapters, weights, mixing, on, rank, typed_key(key), params)
 
 
 def _mixed(

@@ -176,6 +176,7 @@ def test_a_narrow_phi_is_not_rounded_by_its_scale(dtype):
     """Of scales that no narrow dtype holds: what it computes is that of the member alone."""
     pefts = [attached(rank=rank, alpha=1.0, dtype=dtype) for rank in (3, 1)]
     padded, phis = pj.pad_ranks(pefts), [fresh(i, peft) for i, peft in enumerate(pefts)]
+    phis = [jax.tree.map(lambda x: x + jnp.asarray(0.3, x.dtype), phi) for phi in phis]
     forward = padded.peft.wrap(model)
     one = lambda phi, scale: forward(PARAMS, padded.scaled(phi, scale), X[0])
     together = jax.vmap(one)(padded.pad(phis), padded.scales)
